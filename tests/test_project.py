@@ -98,7 +98,7 @@ def test_no_path_of_a_machine():
             assert not m, f'{f}: {m[0]}'
 
 def test_readme_is_made_from_the_index():
-    sys.path.insert(0, str(root/'nbs'))
+    sys.path.insert(0, str(root/'docs'))
     from readme import to_markdown
     assert (root/'README.md').read_text() == to_markdown(root/'nbs'/'index.ipynb'), 'run `make readme`'
 
