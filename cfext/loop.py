@@ -158,7 +158,7 @@ def close(self:_Books, rows, stepper):
         self.rec.losses += list(torch.tensor(self.smoothed).unbind())
     if self.prog is not None: self.show()
 
-# %% ../nbs/05_loop.ipynb #b56374f6
+# %% ../nbs/05_loop.ipynb #2f62b791
 def lean_epoch(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 ):
@@ -180,10 +180,10 @@ def lean_epoch(
             for f in before: f()
             learn.pred = model(*learn.xb)
             for f in after_pred: f()
-            learn.loss_grad = learn.loss = learn.loss_func(learn.pred, *learn.yb)
+            with torch._C.DisableTorchFunctionSubclass(): learn.loss_grad = learn.loss = learn.loss_func(learn.pred, *learn.yb)
             for f in after_loss: f()
             learn.loss_grad.backward()
-            books.losses[i] = learn.loss.detach()
+            with torch._C.DisableTorchFunctionSubclass(): books.losses[i] = learn.loss.detach()
             stepper.step(opt.hypers)
             stepper.zero_grad()
             books.done = i+1
