@@ -116,7 +116,7 @@ def subset(self:Ratings,
     pick = lambda t: None if t is None else t[idxs]
     return Ratings(pick(self.x), pick(self.y), self.classes, self.rating_name, pick(self.w))
 
-# %% ../nbs/01b_data.ipynb #daaabca9
+# %% ../nbs/01b_data.ipynb #55cf3153
 @patch
 def frame(self:Ratings,
     b:tuple, # a batch: x (bs,2) and perhaps y, of any shape with bs elements
@@ -126,8 +126,8 @@ def frame(self:Ratings,
     x = b[0]
     res = {n: c.decode(x[:,i]) for i,(n,c) in enumerate(self.classes.items())}
     if len(b)>1: cols = {self.rating_name or 'target': b[1], **cols}
-    return pd.DataFrame({**res, **{k: np.asarray(to_detach(v)).reshape(len(x),-1)[:,0] if isinstance(v, Tensor) else v
-                                   for k,v in cols.items()}})
+    flat = lambda v: v if not isinstance(v, Tensor) else to_detach(v).numpy() if v.ndim==1 else to_detach(v)[:,0].numpy()
+    return pd.DataFrame({**res, **{k: flat(v) for k,v in cols.items()}})
 
 # %% ../nbs/01b_data.ipynb #ccacf4fd
 class ResidentDL(TfmdDL):
