@@ -93,16 +93,18 @@ def summary(runs, ref):
     tab = runs.pivot(index='seed', columns='rule', values='loss')
     rows = [dict(rule=r, widths=runs[runs.rule==r].widths.iloc[0], params=int(runs[runs.rule==r].params.iloc[0]), mean=tab[r].mean(), sd=tab[r].std(),
                  diff=(tab[r]-tab[ref]).mean(), se=(tab[r]-tab[ref]).std()/len(tab)**.5) for r in RULES]
-    ps = [1. if (tab[r]==tab[ref]).all() else stats.ttest_rel(tab[r], tab[ref]).pvalue for r in RULES]
-    others = [i for i,r in enumerate(RULES) if r!=ref]
-    for i,p in zip(others, holm([ps[i] for i in others])): rows[i]['p_holm'] = p
+    distinct = {}
+    for r in RULES:
+        if not (tab[r]==tab[ref]).all(): distinct.setdefault(tuple(tab[r]), []).append(r)
+    for rs,p in zip(distinct.values(), holm([stats.ttest_rel(tab[rs[0]], tab[ref]).pvalue for rs in distinct.values()])):
+        for r in rows: r['p_holm'] = p if r['rule'] in rs else r.get('p_holm')
     for r in rows:
-        same = r['diff']==0 and r['se']==0
-        r['verdict'] = 'reference' if r['rule']==ref else 'same widths' if same else 'noise' if r['p_holm']>=.05 else 'better' if r['diff']<0 else 'worse'
+        p = r.setdefault('p_holm', None)
+        r['verdict'] = 'reference' if r['rule']==ref else 'same widths' if p is None else 'noise' if p>=.05 else 'better' if r['diff']<0 else 'worse'
     return pd.DataFrame(rows)
 
 def bench(name, seeds, log):
-    cfg,res = SETS[name],[]
+    cfg = SETS[name]
     runs,cache = [],{}
     for seed in range(1, seeds+1):
         dls,make,loss,tr,va = globals()[name](seed)
@@ -116,12 +118,16 @@ def bench(name, seeds, log):
                     cache[key] = fit(make(szs), loss, tr, va, seed=seed, **{k:cfg[k] for k in ('epochs','bs','lr','wd')})
                 runs.append(dict(budget=budget, seed=seed, rule=rule, widths=list(szs.values()), params=sum(ns[k]*w for k,w in szs.items()), loss=cache[key]))
         log(f'{name}: seed {seed} done, {len(cache)} models so far')
-    runs = pd.DataFrame(runs)
-    for budget in cfg['budgets']:
+    return dict(settings={**cfg, 'columns':ns, 'seeds':seeds}, results=tables(name, runs, log), runs=runs)
+
+def tables(name, runs, log):
+    "The summaries of the recorded runs, a budget each"
+    runs,res = pd.DataFrame(runs),[]
+    for budget in SETS[name]['budgets']:
         tab = summary(runs[runs.budget==budget], 'fastai')
-        log(f"\n{name}, budget {budget:,} ({cfg['metric']}, lower is better)\n{tab.to_string(index=False, float_format=lambda v: f'{v:.5f}')}\n")
+        log(f"\n{name}, budget {budget:,} ({SETS[name]['metric']}, lower is better)\n{tab.to_string(index=False, float_format=lambda v: f'{v:.5f}')}\n")
         res.append(dict(budget=budget, rules=json.loads(tab.to_json(orient='records'))))
-    return dict(settings={**cfg, 'columns':ns, 'seeds':seeds}, results=res, runs=json.loads(runs.to_json(orient='records')))
+    return res
 
 def machine():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
@@ -133,8 +139,13 @@ if __name__=='__main__':
     ap.add_argument('--seeds', type=int, default=5)
     ap.add_argument('--sets', nargs='+', default=list(SETS), choices=list(SETS))
     ap.add_argument('--out', type=Path, default=HERE/'emb_sizes.json')
+    ap.add_argument('--tables', action='store_true', help='only compute the tables anew from the recorded runs')
     args = ap.parse_args()
     old = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if args.tables:
+        for s in old: old[s]['results'] = tables(s, old[s]['runs'], print)
+        args.out.write_text(json.dumps(old, indent=1))
+        sys.exit()
     for s in args.sets:
         start = time.perf_counter()
         old[s] = {**bench(s, args.seeds, lambda t: print(t, flush=True)), 'date':date.today().isoformat(), 'machine':machine(),

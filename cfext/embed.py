@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['emb_rules', 'one_hot_lookup', 'create_params', 'emb_sz_fastai', 'emb_sz_course', 'emb_sz_google', 'emb_sz_merlin',
-           'emb_sz_dcn', 'emb_sz_log', 'emb_sz_full', 'eff_card', 'emb_sz_count', 'cat_counts', 'get_emb_szs',
-           'compare_emb_szs', 'cat_tables', 'emb_spectrum', 'effective_rank', 'plot_spectrum', 'emb_report', 'low_rank',
-           'shrink', 'shrink_curve']
+           'emb_sz_dcn', 'emb_sz_log', 'emb_sz_full', 'eff_card', 'emb_sz_count', 'cat_codes', 'cat_counts',
+           'get_emb_szs', 'compare_emb_szs', 'cat_tables', 'emb_spectrum', 'effective_rank', 'plot_spectrum',
+           'emb_report', 'low_rank', 'shrink', 'shrink_curve']
 
 # %% ../nbs/02_embed.ipynb #dde813df
 import math
@@ -119,18 +119,23 @@ def _rule_sz(rule, counts):
     if isinstance(rule, str): rule = emb_rules[check_choice(rule, 'rule', emb_rules)]
     return max(1, int(rule(counts if rule is emb_sz_count else len(counts))))
 
-# %% ../nbs/02_embed.ipynb #b758b95b
+# %% ../nbs/02_embed.ipynb #097fa2c9
+def cat_codes(
+    dls, # `DataLoaders` of fastai's tabular or collab, or `CFDataLoaders`; a `TabularPandas`
+    ds_idx:int=0, # 0 the training rows, 1 the validation rows
+)->dict: # {column: (rows,) int array}, 0 = unknown
+    "Read the codes of each categorical column, a row each"
+    if not getattr(dls, 'cat_names', None) or not hasattr(dls, 'classes'):
+        raise TypeError(f"expected loaders or a TabularPandas with categorical columns, got {type(dls).__name__}")
+    ds = dls.loaders[ds_idx].dataset if hasattr(dls, 'loaders') else (dls.train,dls.valid)[ds_idx]
+    codes = ds.cats.to_numpy() if hasattr(ds, 'cats') else ds.x.cpu().numpy()
+    return {n: codes[:,i] for i,n in enumerate(dls.cat_names)}
+
 def cat_counts(
-    dls, # `DataLoaders` with `cat_names` and `classes`, of fastai's tabular or collab, or `CFDataLoaders`; a `TabularPandas`
+    dls, # as for `cat_codes`
 )->dict: # {column: (n,) int array}, training rows for each row of the column's table
     "Count the training rows of each category of each categorical column"
-    to = getattr(dls, 'train_ds', None)
-    if to is None: to = getattr(dls, 'train', None)
-    names,classes = getattr(dls, 'cat_names', None),getattr(dls, 'classes', None)
-    if to is None or not names or classes is None:
-        raise TypeError(f"expected loaders or a TabularPandas with categorical columns, got {type(dls).__name__}")
-    codes = to.cats.to_numpy() if hasattr(to, 'cats') else to.x.cpu().numpy()
-    return {n: np.bincount(codes[:,i], minlength=len(classes[n])) for i,n in enumerate(names)}
+    return {n: np.bincount(c, minlength=len(dls.classes[n])) for n,c in cat_codes(dls).items()}
 
 # %% ../nbs/02_embed.ipynb #b5245412
 def _spread(want, ns, budget, cap):

@@ -77,7 +77,7 @@ def color_points(
     idx = np.array([len(top)+len(rest)-1 if pd.isna(o) else where.get(str(o), len(top)) for o in v])
     return Coloring(idx, _okabe_ito[:len(top)]+['#999999','#cccccc'][:len(rest)], top+rest)
 
-# %% ../nbs/11a_maps.ipynb #e4a79f86
+# %% ../nbs/11a_maps.ipynb #71fa9564
 def _spots(px, size, gap):
     "(k,4) candidate boxes x0,y0,x1,y1 of a label of `size` around the point `px`: eight sides, two distances"
     w,h = size
@@ -88,6 +88,7 @@ def _spots(px, size, gap):
     y0 = np.array([px[1]-h/2 if s==0 else px[1] if s>0 else px[1]-h for s in sy])
     return np.concatenate([np.c_[x0+g*sx, y0+g*sy, x0+g*sx+w, y0+g*sy+h] for g in (gap, 2.5*gap)])
 
+# %% ../nbs/11a_maps.ipynb #b5cb4fad
 def place_labels(
     ax, # matplotlib axes with the points already drawn
     xy, # (n,2) places of the points, in data coordinates
