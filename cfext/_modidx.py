@@ -18,6 +18,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'cfext.cli._load': ('cli.html#_load', 'cfext/cli.py'),
                            'cfext.cli._parse_id': ('cli.html#_parse_id', 'cfext/cli.py'),
                            'cfext.cli._pictures': ('cli.html#_pictures', 'cfext/cli.py'),
+                           'cfext.cli._plain_progress': ('cli.html#_plain_progress', 'cfext/cli.py'),
                            'cfext.cli._quiet_figures': ('cli.html#_quiet_figures', 'cfext/cli.py'),
                            'cfext.cli._recommend': ('cli.html#_recommend', 'cfext/cli.py'),
                            'cfext.cli._similar': ('cli.html#_similar', 'cfext/cli.py'),
