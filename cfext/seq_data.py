@@ -16,7 +16,7 @@ from fastai.tabular.core import display_df
 from .core import *
 from .data import *
 
-# %% ../nbs/15a_seq_data.ipynb #eddfc63e
+# %% ../nbs/15a_seq_data.ipynb #8514c8c0
 class Sequences:
     "Stretches of one long tensor of codes; each is read one symbol ahead for its targets"
     n_inp = 1
@@ -39,6 +39,8 @@ class Sequences:
         return self
     @property
     def vocab(self): return list(self.classes.values())[-1]
+    @property
+    def sep(self): return '' if 'char' in self.classes else ' '
 
 @patch
 def subset(self:Sequences,
@@ -99,15 +101,14 @@ def one_batch(self:SeqDL):
     rows = random.Random(self.seed).sample(range(len(self.dataset)), min(self.bs, len(self.dataset))) if self.shuffle else range(min(self.bs, len(self.dataset)))
     return self.after_batch(self.dataset.cut(list(rows)))
 
-# %% ../nbs/15a_seq_data.ipynb #924026aa
+# %% ../nbs/15a_seq_data.ipynb #1f3a0bd7
 @patch
 def frame(self:Sequences,
     b:tuple, # a batch: x (bs,len) and perhaps y
-    sep:str=' ', # between symbols; `''` for characters
     n:int=30, # symbols shown of each row, the latest
 )->pd.DataFrame: # columns `reads` and `then`, bs rows
     "Decode a batch into text"
-    word = lambda o: sep.join(map(str, self.vocab.decode(o[o!=0][-n:])))
+    word = lambda o: self.sep.join(map(str, self.vocab.decode(o[o!=0][-n:])))
     cols = {'reads':b[0]} if len(b)==1 else {'reads':b[0], 'then':b[1]}
     return pd.DataFrame({k: [word(o) for o in to_cpu(v)] for k,v in cols.items()})
 
@@ -128,7 +129,7 @@ def text_tokens(
     if not isinstance(text, str): raise TypeError(f"`text` should be a str, got {type(text).__name__}")
     return list(text) if check_choice(by, 'by', ('char','word'))=='char' else re.findall(r"\n|\w+|[^\w\s]", text)
 
-# %% ../nbs/15a_seq_data.ipynb #095d5ce2
+# %% ../nbs/15a_seq_data.ipynb #3781a884
 def _windows(n, seq_len, layout, bs):
     "Starts of the rows over `n` symbols, of which the last is only a target"
     if layout!='carry': return np.arange(0, n-seq_len, 1 if layout=='windows' else seq_len)
@@ -137,7 +138,7 @@ def _windows(n, seq_len, layout, bs):
 
 class SeqDataLoaders(DataLoaders):
     "Training, validation and (of interactions) test `SeqDL`s over one long tensor"
-    carry,sep,max_len,hist,user_name,item_name = False,' ',0,None,None,None
+    carry,max_len,hist,user_name,item_name = False,0,None,None,None
     @property
     def dataset(self): return self[0].dataset
     @property
@@ -180,7 +181,7 @@ def from_text(cls:SeqDataLoaders,
     classes = {by: IdMap(sorted(counts.index[counts>=min_freq]))}
     return cls._text_loaders(torch.from_numpy(classes[by].encode(toks)), classes, parts, (seq_len,bs,layout,valid_pct,seed), path, device)
 
-# %% ../nbs/15a_seq_data.ipynb #5b4de78e
+# %% ../nbs/15a_seq_data.ipynb #7e00abf0
 @patch(cls_method=True)
 def _text_loaders(cls:SeqDataLoaders, toks, classes, parts, how, path, device):
     "Loaders over the `parts` of coded symbols"
@@ -195,7 +196,7 @@ def _text_loaders(cls:SeqDataLoaders, toks, classes, parts, how, path, device):
     dss = [Sequences(toks, s, np.full(len(s), seq_len), classes, layout=='windows') for s in starts]
     carry = layout=='carry'
     dls = cls(SeqDL(dss[0], bs=bs, shuffle=not carry, seed=seed), SeqDL(dss[1], bs=bs if carry else max(bs, 1024)), path=path, device=device)
-    dls.carry,dls.max_len,dls.sep = carry,seq_len,'' if 'char' in classes else ' '
+    dls.carry,dls.max_len = carry,seq_len
     return dls
 
 # %% ../nbs/15a_seq_data.ipynb #836105aa
@@ -271,12 +272,12 @@ def from_df(cls:SeqDataLoaders,
     dls.hist,dls.max_len,dls.user_name,dls.item_name = hist,max_len,user,item
     return dls
 
-# %% ../nbs/15a_seq_data.ipynb #17d452f5
+# %% ../nbs/15a_seq_data.ipynb #928d492e
 @patch
 def new_empty(self:SeqDataLoaders):
     "Return loaders without rows that know the vocabulary and the layout"
     res = super(SeqDataLoaders, self).new_empty()
-    for o in ('carry','sep','max_len','user_name','item_name'): setattr(res, o, getattr(self, o))
+    for o in ('carry','max_len','user_name','item_name'): setattr(res, o, getattr(self, o))
     if self.hist is not None: res.hist = Histories(self.hist.toks[:0], np.zeros(1, np.int64))
     return res
 

@@ -108,7 +108,7 @@ def draw_next(
         scores = scores.masked_fill(scores<least, -math.inf)
     return torch.multinomial((scores/temperature).softmax(1), 1, generator=generator)[:,0]
 
-# %% ../nbs/15c_sequence.ipynb #8b083bc7
+# %% ../nbs/15c_sequence.ipynb #48c466f6
 @patch
 def generate(self:SeqLearner,
     prompt, # a text, or a list of symbols or items, to go on from
@@ -132,9 +132,9 @@ def generate(self:SeqLearner,
             x = torch.cat([x, new])
             if not self.dls.carry: new = x[-self.dls.max_len:]
     out = self.dls.vocab.decode(x).tolist()
-    return out if self.dls.hist is not None else self.dls.sep.join(out)
+    return out if self.dls.hist is not None else self.dls.dataset.sep.join(out)
 
-# %% ../nbs/15c_sequence.ipynb #5ffde045
+# %% ../nbs/15c_sequence.ipynb #627fcc1e
 @patch
 def next_ranks(self:SeqLearner,
     part:str='test', # 'valid' or 'test'
@@ -152,7 +152,7 @@ def next_ranks(self:SeqLearner,
         x,y = ds.cut(rows)
         y = y.amax(1)
         first = torch.as_tensor(hist.ends)[ds.users[rows]-1]
-        own = Sequences(hist.toks, first, ds.starts[rows]+ds.lens[rows]-first, ds.classes).cut(range(len(rows)))[0]
+        own = Sequences(ds.x, first, ds.starts[rows]+ds.lens[rows]-first, ds.classes).cut(range(len(rows)))[0]
         only = None if n_sampled is None else _draw_unseen(own, y, self.dls.n_vocab, n_sampled, g)
         res.append(target_ranks(self.next_scores(x), y, own if drop_seen else None, only))
     return torch.cat(res).cpu()
@@ -194,7 +194,7 @@ class MostPopular(SeqModel):
         with torch.no_grad(): self.head.bias.copy_((counts+1e-3).log())
     def states(self, x, state=None): return torch.zeros(*x.shape, 1, device=x.device),None
 
-# %% ../nbs/15c_sequence.ipynb #4ff04342
+# %% ../nbs/15c_sequence.ipynb #abcd9ae2
 def _top_frame(scores, k, vocab, head):
     "The best `k` finite scores of each row as a frame; `head` is {column: one value a row}"
     k = min(check_pos(k, 'k'), scores.shape[1])
@@ -220,7 +220,7 @@ def recommend(self:SeqLearner,
         u = torch.as_tensor(codes[i:i+256]).long()
         ends = torch.as_tensor(dls.hist.ends)
         first,end = ends[u-1],ends[u]
-        cut = lambda start: Sequences(dls.hist.toks, start, end-start, dls.classes).cut(range(len(u)))[0]
+        cut = lambda start: Sequences(dls.dataset.x, start, end-start, dls.classes).cut(range(len(u)))[0]
         s = self.next_scores(cut(torch.maximum(first, end-dls.max_len)))
         if drop_seen: s.scatter_(1, cut(first), -math.inf)
         res.append(_top_frame(s, k, dls.vocab, {dls.user_name:users[i:i+256]}))

@@ -206,7 +206,7 @@ def test_word_texts():
     dls = SeqDataLoaders.from_text('the cat sat. the cat ran.\n'*30, seq_len=4, bs=2, by='word', min_freq=2)
     learn = seq_learner(dls, 'gru', config=dict(n_factors=4, n_hidden=5))
     assert learn.generate('the cat', 3, seed=1).startswith('the cat ')
-    eq(dls.sep, ' ')
+    eq(dls.dataset.sep, ' ')
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
