@@ -65,6 +65,11 @@ def run(text, name, arch, kw, plan, valid, seed):
             losses += [round(o[1], 4) for o in learn.recorder.values]
     return learn,dict(valid_nll=losses[-1], by_epoch=losses, epochs=len(losses), s_per_epoch=round((time.perf_counter()-t)/len(losses), 1))
 
+def keep(out, res):
+    order = [o[0] for o in rows]
+    res['rows'] = {k:res['rows'][k] for k in order if k in res['rows']}
+    with whole_file(out) as f: f.write_text(json.dumps(res, indent=1)+'\n')
+
 def machine():
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -86,10 +91,11 @@ if __name__=='__main__':
     for name,arch,kw,plan,printed,note in rows:
         if a.only and name not in a.only.split(';') or (note=='run with --all' and not a.all): continue
         learn,r = run(text, name, arch, kw, plan, None, a.seed)
-        r.update(network=arch, layout=kw, plan=plan, printed=printed, note=note)
-        if name in unseen_too: r['unseen_nll'] = run(text, name, arch, kw, plan, 'end', a.seed)[1]['valid_nll']
+        r.update(network=arch, layout=kw, plan=plan, printed=printed, note=note, writes=learn.generate('for those ', 300, temperature=0.6, seed=a.seed))
         if kw['layout']=='carry': r['unseen_nll'] = r['valid_nll']
-        r['writes'] = learn.generate('for those', 300, temperature=0.6, seed=a.seed)
         res['rows'][name] = r
+        keep(out, res)
+        if name in unseen_too:
+            r['unseen_nll'] = run(text, name, arch, kw, plan, 'end', a.seed)[1]['valid_nll']
+            keep(out, res)
         print(name, {k:r.get(k) for k in ('valid_nll','printed','unseen_nll','s_per_epoch')}, flush=True)
-        with whole_file(out) as f: f.write_text(json.dumps(res, indent=1)+'\n')

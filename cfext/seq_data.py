@@ -129,13 +129,14 @@ def text_tokens(
     if not isinstance(text, str): raise TypeError(f"`text` should be a str, got {type(text).__name__}")
     return list(text) if check_choice(by, 'by', ('char','word'))=='char' else re.findall(r"\n|\w+|[^\w\s]", text)
 
-# %% ../nbs/15a_seq_data.ipynb #3781a884
+# %% ../nbs/15a_seq_data.ipynb #5a7ac5aa
 def _windows(n, seq_len, layout, bs):
     "Starts of the rows over `n` symbols, of which the last is only a target"
     if layout!='carry': return np.arange(0, n-seq_len, 1 if layout=='windows' else seq_len)
     per = (n-1)//bs//seq_len
     return (np.arange(bs)[None]*((n-1)//bs)+np.arange(per)[:,None]*seq_len).ravel()
 
+# %% ../nbs/15a_seq_data.ipynb #fc2a9837
 class SeqDataLoaders(DataLoaders):
     "Training, validation and (of interactions) test `SeqDL`s over one long tensor"
     carry,max_len,hist,user_name,item_name = False,0,None,None,None

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastai.basics import *
 from .core import *
 
-# %% ../nbs/15b_seq_models.ipynb #833a60fd
+# %% ../nbs/15b_seq_models.ipynb #1cf410dc
 class SeqModel(Module):
     "A network from codes `(bs,len)` to states `(bs,len,n_out)`, and from states to scores over the vocabulary"
     carry = False
@@ -34,8 +34,15 @@ class SeqModel(Module):
             nn.init.zeros_(self.head.bias)
             self.head.weight = self.emb.weight
         with torch.no_grad(): self.emb.weight[0],self.head.bias[0] = 0.,-1e4
-    def states(self, x, state=None): raise NotImplementedError(f"{type(self).__name__} should define `states(x, state)`")
-    def reset(self): self.state = None
+    def states(self,
+        x, # (bs,len) long codes
+        state=None, # what an earlier reading ended with; `None`: nothing has been read
+    )->tuple: # (bs,len,n_out) states, and what the reading ended with
+        "Compute the state after each symbol; a subclass defines it"
+        raise NotImplementedError(f"{type(self).__name__} should define `states(x, state)`")
+    def reset(self):
+        "Forget what has been read"
+        self.state = None
     def forward(self, x):
         h,state = self.states(x, self.state if self.carry else None)
         if self.carry: self.state = to_detach(state, cpu=False)
