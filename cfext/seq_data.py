@@ -101,7 +101,7 @@ def one_batch(self:SeqDL):
     rows = random.Random(self.seed).sample(range(len(self.dataset)), min(self.bs, len(self.dataset))) if self.shuffle else range(min(self.bs, len(self.dataset)))
     return self.after_batch(self.dataset.cut(list(rows)))
 
-# %% ../nbs/15a_seq_data.ipynb #1f3a0bd7
+# %% ../nbs/15a_seq_data.ipynb #3336f747
 @patch
 def frame(self:Sequences,
     b:tuple, # a batch: x (bs,len) and perhaps y
@@ -118,6 +118,12 @@ def decode_batch(self:SeqDL, b, max_n=9, full=True): return L(self.dataset.frame
 @patch
 def show_batch(self:SeqDL, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
     df = self.dataset.frame(tuple(o[:max_n] for o in ifnone(b, self.one_batch())))
+    return display_df(df) if show else df
+
+@patch
+def show_results(self:SeqDL, b, out, max_n=9, ctxs=None, show=True, **kwargs):
+    guess = detuplify(out)[:max_n]*(b[1][:max_n]>0).to(detuplify(out).device)
+    df = self.dataset.frame(tuple(o[:max_n] for o in b)).assign(guess=self.dataset.frame((guess,)).reads)
     return display_df(df) if show else df
 
 # %% ../nbs/15a_seq_data.ipynb #0b57e238

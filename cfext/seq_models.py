@@ -201,7 +201,7 @@ def gbce_beta(
     alpha = n_neg/(n_items-1)
     return alpha*(t*(1-1/alpha)+1/alpha)
 
-# %% ../nbs/15b_seq_models.ipynb #8bf0ba57
+# %% ../nbs/15b_seq_models.ipynb #ae71e63d
 class SeqLoss:
     "Loss of a sequence model's states over every position that has a target"
     def __init__(self,
@@ -214,21 +214,25 @@ class SeqLoss:
     ):
         check_choice(kind, 'kind', ('full','sampled','gbce'))
         store_attr()
+        self.reduction = 'mean'
         self.beta = gbce_beta(check_pos(n_neg, 'n_neg'), model.n_vocab-1, t) if kind=='gbce' else None
     def __call__(self,
         h:Tensor, # (bs,len,n_out) states
         y:Tensor, # (bs,len) long targets, 0 = none
-    )->Tensor: # mean over the targets; 0 where there are none
+        reduction:str|None=None, # 'mean' over the targets, or 'none': (bs,len) losses; `None`: the attribute
+    )->Tensor: # the mean, 0 where there are no targets
         "Score the states that have a target and average their losses"
         there = y>0
         h,y = h[there],y[there]
-        if not len(y): return h.sum()*0.
-        if self.kind=='full' or not self.model.training: return F.cross_entropy(self.model.score(h), y)
-        return self.from_samples(*self.sample(h, y))
+        exact = self.kind=='full' or not self.model.training
+        if not len(y): each = h.sum(1)*0.
+        else: each = F.cross_entropy(self.model.score(h), y, reduction='none') if exact else self.from_samples(*self.sample(h, y))
+        if ifnone(reduction, self.reduction)=='none': return each.new_zeros(there.shape).masked_scatter(there, each)
+        return each.mean() if len(y) else each.sum()
     def activation(self, h): return self.model.score(h).softmax(-1)
     def decodes(self, p): return p.argmax(-1)
 
-# %% ../nbs/15b_seq_models.ipynb #8b3a4010
+# %% ../nbs/15b_seq_models.ipynb #0ab839f9
 @patch
 def sample(self:SeqLoss,
     h:Tensor, # (n,n_out) states
@@ -245,11 +249,11 @@ def sample(self:SeqLoss,
 def from_samples(self:SeqLoss,
     pos:Tensor, # (n,) scores of the targets
     neg:Tensor, # (n,n_neg) scores of drawn items
-)->Tensor: # mean over the targets
+)->Tensor: # (n,) losses
     "Compute the sampled softmax or the calibrated binary loss"
-    if self.kind=='gbce': return (self.beta*F.softplus(-pos)+F.softplus(neg).sum(1)).mean()
-    each = math.log((self.model.n_vocab-1)/self.n_neg)
-    return (torch.logaddexp(pos, neg.logsumexp(1)+each)-pos).mean()
+    if self.kind=='gbce': return self.beta*F.softplus(-pos)+F.softplus(neg).sum(1)
+    stands_for = math.log((self.model.n_vocab-1)/self.n_neg)
+    return torch.logaddexp(pos, neg.logsumexp(1)+stands_for)-pos
 
 # %% ../nbs/15b_seq_models.ipynb #faa815d2
 def target_ranks(

@@ -241,6 +241,18 @@ def recommend_next(self:SeqLearner,
     if drop_seen: s[0,x] = -math.inf
     return _top_frame(s, k, self.dls.vocab, {})
 
+# %% ../nbs/15c_sequence.ipynb #1f850ecf
+@patch
+def predict(self:SeqLearner,
+    item, # what has been read: a list of items, or a text
+    k:int=5, # length of the list
+    *,
+    unk:str='raise', # symbols that training did not have: 'raise' or 'skip'
+)->pd.DataFrame: # item, prob (0 to 1), rank from 1; k rows
+    "Return the likeliest next symbols"
+    x = self._encode(item, 'item', unk)
+    return _top_frame(self.next_scores(x[-self.dls.max_len:][None]).softmax(1), k, self.dls.vocab, {}).rename(columns={'score':'prob'})
+
 # %% ../nbs/15c_sequence.ipynb #8636bead
 @patch
 def similar_items(self:SeqLearner,
