@@ -1,17 +1,18 @@
-"""The lesson's character networks on nietzsche.txt: python benchmarks/char_rnn.py [--data DIR] [--only rnn,gru]
+"""The lesson's character networks on nietzsche.txt: python benchmarks/char_rnn.py [--only 'CharRnn;CharLoop']
 
 Set-up of lesson 6 of the fast.ai course of 2018, as its published notebook has it: 42 factors, 256 hidden units,
 batches of 512, Adam, windows of eight characters of which a random fifth is held out. `printed` is the validation
 loss that the notebook shows. Two of its figures need a word, which `note` gives. For some of the
 networks, `unseen_nll` is the loss on the last fifth of the text after training on the first four alone."""
-import argparse,datetime,json,os,platform,sys,time
+import argparse,datetime,json,time
 from functools import partial
 from pathlib import Path
 
-import fastai,torch
+import torch
 from torch.nn import functional as F
 from fastai.callback.all import *
 from fastai.optimizer import OptimWrapper
+from common import data_dir,machine
 from cfext.core import whole_file
 from cfext.seq_data import SeqDataLoaders
 from cfext.sequence import seq_learner
@@ -70,21 +71,14 @@ def keep(out, res):
     res['rows'] = {k:res['rows'][k] for k in order if k in res['rows']}
     with whole_file(out) as f: f.write_text(json.dumps(res, indent=1)+'\n')
 
-def machine():
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), ram_gib=round(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30),
-                gpu=gpu, env={k:v for k,v in os.environ.items() if k.startswith(('OMP_','MALLOC_'))}, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__)
-
 if __name__=='__main__':
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument('--data', default=os.environ.get('CFEXT_DATA', str(here.parent.parent/'shared'/'data')), help='folder that holds nietzsche/nietzsche.txt')
     ap.add_argument('--only', default='', help='names of rows, separated by ;')
     ap.add_argument('--all', action='store_true', help='also the rows for a GPU')
     ap.add_argument('--seed', type=int, default=42)
     ap.add_argument('--out', default=str(here/'char_rnn.json'))
     a = ap.parse_args()
-    text = (Path(a.data)/'nietzsche'/'nietzsche.txt').read_text()
+    text = (data_dir('nietzsche')/'nietzsche.txt').read_text()
     out = Path(a.out)
     res = json.loads(out.read_text()) if out.exists() else {'rows':{}}
     res.update(date=str(datetime.date.today()), machine=machine(), command='python benchmarks/char_rnn.py', seed=a.seed)

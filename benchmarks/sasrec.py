@@ -8,16 +8,16 @@
 Every figure is on the test items (the last of each user), ranked against all items but those that the user already has.
 The epoch is chosen by NDCG@10 on validation. `sampled_100` is SASRec's own protocol, against 100 random items.
 Published on the same file: SASRec .239 / .126, gSASRec .300 / .173 (recall@10 / NDCG@10); sampled: SASRec .825 / .591."""
-import argparse,datetime,json,os,platform,statistics,time
+import argparse,datetime,json,os,statistics,tempfile,time
 from functools import partial
 from pathlib import Path
 
-import fastai,numpy as np,torch
+import numpy as np,torch
 from torch import nn
 from torch.nn import functional as F
 from fastai.callback.all import *
-from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from common import data_dir,machine
 from cfext.core import whole_file
 from cfext.seq_data import SeqDataLoaders,SeqDL
 from cfext.seq_models import NextAt
@@ -33,16 +33,11 @@ configs = { # chosen on validation
     'gsasrec':   dict(model='sasrec', config=dict(n_factors=128, drop=0.3), max_len=200, bs=64, lr=1e-3, epochs=200, loss='gbce', n_neg=256, shared=False),
     'gru4rec':   dict(model='gru4rec', config=dict(n_factors=128, n_hidden=256, drop=0.3), max_len=200, bs=64, lr=2e-3, epochs=60, loss='full')}
 
-def machine():
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), ram_gib=round(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30),
-                gpu=gpu, env={k:v for k,v in os.environ.items() if k.startswith(('OMP_','MALLOC_'))}, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__)
-
 def report(learn):
     rnd = lambda d: {k:round(v, 4) if isinstance(v, float) else v for k,v in d.items()}
-    return dict(valid=rnd(learn.evaluate('valid')), test=rnd(learn.evaluate('test')), test_with_seen=rnd(learn.evaluate('test', drop_seen=False)),
-                sampled_100=rnd(learn.evaluate('test', n_sampled=100)))
+    try: sampled = rnd(learn.evaluate('test', n_sampled=100))
+    except ValueError as e: sampled = str(e) # a catalogue of too few items
+    return dict(valid=rnd(learn.evaluate('valid')), test=rnd(learn.evaluate('test')), test_with_seen=rnd(learn.evaluate('test', drop_seen=False)), sampled_100=sampled)
 
 class Timer(Callback):
     "Seconds in training, without validation"
@@ -149,8 +144,7 @@ if __name__=='__main__':
     ap.add_argument('--throughput', action='store_true')
     ap.add_argument('--out', help='default: sasrec.json here; no file for other data')
     a = ap.parse_args()
-    root = Path(os.environ.get('CFEXT_DATA', here.parent.parent/'shared'/'data'))
-    path = Path(a.data) if a.data else root/'sasrec'/'ml-1m.txt.gz'
+    path = Path(a.data) if a.data else data_dir('sasrec')/'ml-1m.txt.gz'
     out = Path(a.out) if a.out else None if a.data else here/'sasrec.json'
     res = json.loads(out.read_text()) if out and out.exists() else {'runs':{}}
     def keep(where, name, r):
@@ -169,7 +163,7 @@ if __name__=='__main__':
         cuda = torch.cuda.is_available()
         for name in (a.configs or ('sasrec,gsasrec,gru4rec' if cuda else 'cpu')).split(','):
             c = {**configs[name], **({'epochs':a.epochs} if a.epochs else {})}
-            learn,log = fit(path, **c, seed=a.seed, n_valid=None if cuda else 1500, folder=os.environ.get('TMPDIR', '/tmp'))
+            learn,log = fit(path, **c, seed=a.seed, n_valid=None if cuda else 1500, folder=tempfile.gettempdir())
             keep('runs', name if a.seed==42 else f'{name}, seed {a.seed}', dict(config=c, seed=a.seed, s_per_epoch=round(log.s/len(log.curve), 2), train_s=round(log.s),
                  **report(learn), curve=log.curve, command=f'python benchmarks/sasrec.py --configs {name}'))
             print(name, {k:res['runs'][name][k] for k in ('valid','test','sampled_100')} if a.seed==42 else '', flush=True)
