@@ -25,7 +25,7 @@ from cfext.sequence import MostPopular,seq_learner
 
 here = Path(__file__).resolve().parent
 adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(.9,.98)))
-configs = { # chosen on validation
+configs = {
     'cpu-small': dict(model='gru4rec', config=dict(n_factors=64, n_hidden=96), max_len=50, bs=32, lr=4e-3, epochs=8, loss='sampled', n_neg=256),
     'cpu-gru':   dict(model='gru4rec', config=dict(n_factors=64, n_hidden=128), max_len=100, bs=32, lr=4e-3, epochs=16, loss='sampled', n_neg=512),
     'cpu':       dict(model='sasrec', config=dict(n_factors=64), max_len=200, bs=32, lr=2e-3, epochs=50, loss='sampled', n_neg=512),

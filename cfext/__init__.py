@@ -1,7 +1,7 @@
 "fastai's collaborative filtering, finished: learners, callbacks and tools for embeddings and recommenders"
 __version__ = "0.0.1"
 
-from . import core,sources,data,embed,models,loop,learner,metrics,recommend,maps,interpret,bundle
+from . import core,sources,data,embed,models,loop,learner,metrics,recommend,maps,interpret,bundle,seq_data,seq_models,sequence
 from .core import *
 from .sources import *
 from .data import *
@@ -14,5 +14,8 @@ from .recommend import *
 from .maps import *
 from .interpret import *
 from .bundle import *
+from .seq_data import *
+from .seq_models import *
+from .sequence import *
 
-__all__ = [n for m in (core,sources,data,embed,models,loop,learner,metrics,recommend,maps,interpret,bundle) for n in m.__all__]
+__all__ = [n for m in (core,sources,data,embed,models,loop,learner,metrics,recommend,maps,interpret,bundle,seq_data,seq_models,sequence) for n in m.__all__]

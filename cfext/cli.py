@@ -50,6 +50,22 @@ def _load(data, split, splitter, valid_pct, seed, **names):
           f"batches of {bs} on {dls.device}")
     return df,dls
 
+# %% ../nbs/16_cli.ipynb #117216e2
+@contextmanager
+def _plain_progress(learn):
+    "Print a line an epoch instead of bars where the output is not a terminal"
+    if sys.stdout.isatty():
+        yield
+        return
+    line = lambda log: print('  '.join(f'{o:>10.4f}' if isinstance(o, float) else f'{o!s:>10}' for o in log), flush=True)
+    names = ['train_loss','valid_loss',*learn.metrics.attrgot('name')]
+    old = learn.logger
+    with learn.no_bar():
+        line(['epoch',*names,'time'])
+        learn.logger = line
+        try: yield
+        finally: learn.logger = old
+
 # %% ../nbs/16_cli.ipynb #7ad05d01
 @contextmanager
 def _quiet_figures():
@@ -68,23 +84,18 @@ def _pictures(learn, out, color):
         with whole_file(out/'losses.png') as f: plt.savefig(f, dpi=120, bbox_inches='tight')
         with whole_file(out/'item_map.png') as f: show_item_map(learn, color=color).figure.savefig(f, dpi=120, bbox_inches='tight')
 
-# %% ../nbs/16_cli.ipynb #117216e2
-@contextmanager
-def _plain_progress(learn):
-    "Print a line an epoch instead of bars where the output is not a terminal"
-    if sys.stdout.isatty():
-        yield
-        return
-    line = lambda log: print('  '.join(f'{o:>10.4f}' if isinstance(o, float) else f'{o!s:>10}' for o in log), flush=True)
-    names = ['train_loss','valid_loss',*learn.metrics.attrgot('name')]
-    old = learn.logger
-    with learn.no_bar():
-        line(['epoch',*names,'time'])
-        learn.logger = line
-        try: yield
-        finally: learn.logger = old
+# %% ../nbs/16_cli.ipynb #0d6f6fba
+def _write_report(learn, report, out, settings):
+    "`metrics.json`: settings, sizes, the losses of each epoch and the report, with the versions that made them"
+    import fastai,cfext
+    names = list(learn.recorder.metric_names[1:-1])
+    rows = [dict(zip(names, map(float, v))) for v in learn.recorder.values]
+    d = dict(settings=settings, rows=dict(train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds)), users=learn.dls.n_users-1,
+             items=learn.dls.n_items-1, epochs=rows, report={i: r.dropna().to_dict() for i,r in report.iterrows()},
+             versions=dict(cfext=cfext.__version__, fastai=fastai.__version__, torch=torch.__version__), device=str(learn.dls.device))
+    with whole_file(out/'metrics.json') as f: f.write_text(json.dumps(d, indent=1), encoding='utf-8')
 
-# %% ../nbs/16_cli.ipynb #21b566ca
+# %% ../nbs/16_cli.ipynb #093904f3
 def _fit(
     data:str=None, # a ratings file (.csv, .tsv, .parquet) or the folder of a MovieLens set; none: a synthetic set
     out:str='demo', # folder for the bundle, metrics.json, pictures and recommendations.csv
@@ -111,24 +122,13 @@ def _fit(
     with _plain_progress(learn): learn.fit_one_cycle(epochs, lr, wd=wd)
     learn.save_bundle(out)
     report = learn.evaluate(k=K) if len(dls.valid_ds) else pd.DataFrame()
-    _write_report(learn, report, out, dict(data=data, model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,
+    _write_report(learn, report, out, dict(data=data and str(data), model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,
                                            splitter=split or splitter, valid_pct=valid_pct, seed=seed))
     genre = next((c for c in ('genre','genres') if c in df), None)
     _pictures(learn, out, None if genre is None else df.drop_duplicates(dls.item_name).set_index(dls.item_name)[genre].str.split('|').str[0])
     users = dls.classes[dls.user_name].ids[:10_000]
     with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K).to_csv(f, index=False, float_format='%.4f')
     print(f"\n{report.round(4).to_string()}\n\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
-
-# %% ../nbs/16_cli.ipynb #0d6f6fba
-def _write_report(learn, report, out, settings):
-    "`metrics.json`: settings, sizes, the losses of each epoch and the report, with the versions that made them"
-    import fastai,cfext
-    names = list(learn.recorder.metric_names[1:-1])
-    rows = [dict(zip(names, map(float, v))) for v in learn.recorder.values]
-    d = dict(settings=settings, rows=dict(train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds)), users=learn.dls.n_users-1,
-             items=learn.dls.n_items-1, epochs=rows, report={i: r.dropna().to_dict() for i,r in report.iterrows()},
-             versions=dict(cfext=cfext.__version__, fastai=fastai.__version__, torch=torch.__version__), device=str(learn.dls.device))
-    with whole_file(out/'metrics.json') as f: f.write_text(json.dumps(d, indent=1), encoding='utf-8')
 
 # %% ../nbs/16_cli.ipynb #2ba8df3c
 def _parse_id(learn, role, text):

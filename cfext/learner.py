@@ -46,7 +46,7 @@ class RowWeights(Callback):
         self.learn.loss_grad = (loss.reshape(len(w), -1).mean(1)*w/self.scale).mean()
         self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../nbs/06_learner.ipynb #215610b6
+# %% ../nbs/06_learner.ipynb #557e4a05
 class CFLearner(Learner):
     "A `Learner` over `CFDataLoaders` that answers in the caller's ids"
     fast = None
@@ -62,7 +62,12 @@ class CFLearner(Learner):
         super().all_batches()
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         ctx = mean_unknown(self.model) if getattr(dl, 'unk', None)=='mean' else nullcontext()
-        with ctx: return super().get_preds(ds_idx, dl, **kwargs)
+        rec = getattr(self, 'recorder', None)
+        kept = {k: getattr(rec, k) for k in (*Recorder._stateattrs, 'metric_names') if hasattr(rec, k)}
+        try:
+            with ctx: return super().get_preds(ds_idx, dl, **kwargs)
+        finally:
+            for k,v in kept.items(): setattr(rec, k, v)
 
 @patch
 def predict(self:CFLearner,

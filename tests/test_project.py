@@ -16,7 +16,7 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
     for p in nbs:
         nb_export(p, lib_path=tmp_path)
         name = f'{module_of(p)}.py'
-        strip = lambda s: re.sub(r'(# %% |File to edit: )\S*?nbs/', r'\1nbs/', s)
+        strip = lambda s: re.sub(r'(# %% |File to edit: )\S*?nbs/', r'\1nbs/', s).replace('from cfext.', 'from .')
         assert strip((tmp_path/name).read_text()) == strip((root/'cfext'/name).read_text()), f'{p.name}: run `make export`'
 
 def test_every_module_has_a_notebook():
