@@ -12,7 +12,7 @@ from torch import nn,Tensor
 from fastcore.basics import *
 from .core import *
 
-# %% ../nbs/04_losses.ipynb #e36fd2df
+# %% ../nbs/04_losses.ipynb #9787cabb
 class RankingLoss(nn.Module):
     "What the losses share; a subclass defines `row(pos, neg)`, the cost of each row"
     n_neg = 1
@@ -29,7 +29,12 @@ class RankingLoss(nn.Module):
         loss = self.row(preds[:,:1], preds[:,1:])
         return loss if self.reduction=='none' else getattr(loss, self.reduction)()
 
-    def adjust(self, neg, logq): return neg
+    def adjust(self,
+        neg:Tensor, # (bs,n) scores of negatives, -inf where a place does not count
+        logq:Tensor|None, # (bs,n) log of the probability that each was drawn with; None: not known
+    )->Tensor: # (bs,n) the scores as `row` wants them
+        "Correct scores for how the negatives were drawn; most losses need no correction"
+        return neg
     def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in vars(self).items() if isinstance(v, (int,float,str)) and k[0]!='_' and k!='training')
 
 def _mean_neg(cost, neg):

@@ -18,7 +18,7 @@ from .data import *
 from .models import *
 from .losses import *
 
-# %% ../nbs/04a_negatives.ipynb #749dd6d1
+# %% ../nbs/04a_negatives.ipynb #aedfc14b
 @patch
 def score_pairs(self:CFModel,
     users:Tensor, # (bs,) long codes
@@ -36,12 +36,18 @@ def _dots(P, Q, users, items):
     return (i*u[:,None]).sum(-1) if items.shape[1]<=16 else torch.bmm(i, u[:,:,None])[:,:,0]
 
 @patch
-def score_pairs(self:DotProduct, users, items):
+def score_pairs(self:DotProduct,
+    users:Tensor, # (bs,) long codes
+    items:Tensor, # (bs,n) long codes, or (n,) for all users the same
+)->Tensor: # (bs,n) scores, as `forward` gives them
     "Score several items for each user with one gather of each table"
     return self.squash(_dots(self.user_factors, self.item_factors, users, items))
 
 @patch
-def score_pairs(self:DotProductBias, users, items):
+def score_pairs(self:DotProductBias,
+    users:Tensor, # (bs,) long codes
+    items:Tensor, # (bs,n) long codes, or (n,) for all users the same
+)->Tensor: # (bs,n) scores, as `forward` gives them
     "Score several items for each user with one gather of each table"
     res = _dots(self.user_factors, self.item_factors, users, items)
     return self.squash(res + F.embedding(users, self.user_bias) + F.embedding(items, self.item_bias)[...,0] + self.offset)
@@ -209,16 +215,22 @@ def _setup(self:Negatives):
     if getattr(loss, 'n_items', 0) is None: loss.n_items = ds.n_items-1
     if self.seed is not None and self.gen is None: self.gen = torch.Generator(self.dls.device).manual_seed(self.seed)
 
-# %% ../nbs/04a_negatives.ipynb #d832384d
+# %% ../nbs/04a_negatives.ipynb #e796c888
 def _pair_scores(model, users, items):
     "`score_pairs` of one of our models, or of any module by running it on the pairs"
     return model.score_pairs(users, items) if hasattr(model, 'score_pairs') else CFModel.score_pairs(model, users, items)
 
 def _log_sum_exp(model, users, temp, n_items):
     "For each row, `temp*log(sum(exp(scores/temp)))` over the catalogue, computed once for each different user"
+    us,inv = users.unique(return_inverse=True)
     score = getattr(model, 'score_items', None) or (lambda us: score_by_forward(model, us, n_items))
-    us,inv = users.unique(return_inverse=True) if len(users)>1 else (users,torch.zeros_like(users))
-    return (temp*(score(us)[:,1:].float()/temp).logsumexp(1, keepdim=True))[inv]
+    kind = getattr(type(model), 'score_items', None)
+    if kind not in (DotProduct.score_items, DotProductBias.score_items) or model.y_range is not None:
+        return (temp*(score(us)[:,1:].float()/temp).logsumexp(1, keepdim=True))[inv]
+    u,V = F.embedding(us, model.user_factors)/temp,model.item_factors[1:].T
+    if kind is DotProduct.score_items: return (temp*(u@V).float().logsumexp(1, keepdim=True))[inv]
+    lse = torch.addmm(model.item_bias[1:,0]/temp, u, V).float().logsumexp(1, keepdim=True)
+    return (temp*lse + model.user_bias[us] + model.offset)[inv]
 
 @patch
 def after_pred(self:Negatives):

@@ -47,7 +47,7 @@ class RowPrior:
             res = torch.cat([model(x.long())-y for x,y in zip(ratings.x.split(1<<20), ratings.y.split(1<<20))])
         self.noise = (res**2).mean().clamp(min=1e-6)
 
-# %% ../nbs/10b_newcomers.ipynb #b0116da7
+# %% ../nbs/10b_newcomers.ipynb #72596b3b
 def _ridge_block(H, c, r, keep, prior, y_range, n_steps):
     "Solve a block: H (b,m,d) factors met, c and r (b,m), keep (b,m); gives (b,d)"
     theta = prior.mean.expand(len(H), -1)
@@ -64,6 +64,7 @@ def _ridge_block(H, c, r, keep, prior, y_range, n_steps):
         theta = theta + torch.linalg.solve(A, g[...,None])[...,0]
     return theta
 
+# %% ../nbs/10b_newcomers.ipynb #3b336dd9
 def ridge_rows(
     model:DotProduct, # a fitted dot product
     rows:Tensor, # (m,) long, which new row each rating is of, from 0

@@ -184,12 +184,15 @@ def test_every_loss_learns_planted_groups(loss, kw):
 
 def test_full_softmax_in_the_loop_is_cross_entropy_over_the_catalogue():
     dls = dls_of()
-    learn = cf_learner(dls, n_factors=3, loss_func=FullSoftmaxLoss(0.5), cbs=Negatives(), seed=0)
-    loss = learn.validate()[0]
     x = dls.valid_ds.x.long()
-    s = learn.model.score_items(x[:,0])[:,1:]/0.5
-    want = (s.logsumexp(1)-learn.model(x)[:,0]/0.5).mean()
-    assert abs(loss-want)<1e-5
+    for model,y_range in ((DotProduct,None), ('dot',None), ('dot',(0,5.5)), (CosineProduct,None), ('nn',None)):
+        learn = cf_learner(dls, model, n_factors=3, y_range=y_range, loss_func=FullSoftmaxLoss(0.5), cbs=Negatives(), seed=0)
+        with torch.no_grad():
+            for p in learn.model.parameters(): p.normal_(0, 0.5)
+        loss = learn.validate()[0]
+        s = learn.model.score_items(x[:,0])[:,1:]/0.5
+        want = (s.logsumexp(1)-learn.model(x)[:,0]/0.5).mean()
+        assert abs(loss-want)<1e-5, model
 
 def test_other_callbacks_and_row_weights():
     df = synth_ratings(60, 40, 1000).assign(w=lambda d: (d.rating>=4).astype(float))
