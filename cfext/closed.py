@@ -62,7 +62,7 @@ class _ItemBased(CFModel):
         if not len(us): return self.weight.new_zeros(0, 1)
         return self.score_items(us)[inv, x[:,1]][:,None]
 
-# %% ../nbs/04b_closed.ipynb #be203f31
+# %% ../nbs/04b_closed.ipynb #c4100ed7
 class EASE(_ItemBased):
     "A linear item-to-item model with a zero diagonal, solved exactly (Steck 2019)"
     def __init__(self,
@@ -76,9 +76,9 @@ class EASE(_ItemBased):
         P = torch.cholesky_inverse(torch.linalg.cholesky(G))
         B = P/-P.diagonal()
         B.fill_diagonal_(0)
-        self.register_buffer('weight', B.float())
+        self.weight = nn.Parameter(B.float(), requires_grad=False)
 
-# %% ../nbs/04b_closed.ipynb #8451f43c
+# %% ../nbs/04b_closed.ipynb #a937ed39
 class ItemKNN(_ItemBased):
     "Sums the similarities of a candidate's nearest items that the user has (Sarwar et al. 2001)"
     def __init__(self,
@@ -93,7 +93,7 @@ class ItemKNN(_ItemBased):
         S = G/(n[:,None]*n+shrink).clamp(min=1e-12)
         S.fill_diagonal_(0)
         top,at = S.topk(min(k, len(S)), dim=0)
-        self.register_buffer('weight', torch.zeros_like(S).scatter_(0, at, top).float())
+        self.weight = nn.Parameter(torch.zeros_like(S).scatter_(0, at, top).float(), requires_grad=False)
 
 # %% ../nbs/04b_closed.ipynb #1f3a8715
 def solve_rows(
