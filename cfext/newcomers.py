@@ -47,7 +47,7 @@ class RowPrior:
             res = torch.cat([model(x.long())-y for x,y in zip(ratings.x.split(1<<20), ratings.y.split(1<<20))])
         self.noise = (res**2).mean().clamp(min=1e-6)
 
-# %% ../nbs/10b_newcomers.ipynb #72596b3b
+# %% ../nbs/10b_newcomers.ipynb #8d0a13c6
 def _ridge_block(H, c, r, keep, prior, y_range, n_steps):
     "Solve a block: H (b,m,d) factors met, c and r (b,m), keep (b,m); gives (b,d)"
     theta = prior.mean.expand(len(H), -1)
@@ -61,10 +61,12 @@ def _ridge_block(H, c, r, keep, prior, y_range, n_steps):
         J = H*(slope*keep)[...,None]
         A = J.transpose(1, 2)@J + lam
         g = (J*(r-f)[...,None]).sum(1) - (theta-prior.mean)@lam
-        theta = theta + torch.linalg.solve(A, g[...,None])[...,0]
+        step = torch.linalg.solve(A, g[...,None])[...,0]
+        theta = theta + step
+        if step.abs().max()<1e-4: break
     return theta
 
-# %% ../nbs/10b_newcomers.ipynb #3b336dd9
+# %% ../nbs/10b_newcomers.ipynb #9e7e612e
 def ridge_rows(
     model:DotProduct, # a fitted dot product
     rows:Tensor, # (m,) long, which new row each rating is of, from 0
@@ -73,7 +75,7 @@ def ridge_rows(
     prior:RowPrior, # from the side that the rows are on
     role:str='user', # the side that the rows are on: 'user' or 'item'
     *,
-    n_steps:int=8, # steps with a `y_range`
+    n_steps:int=8, # steps with a `y_range`, at most
     tile:int=1<<22, # numbers gathered at a time
 )->Tensor: # (n, d) rows [factors, bias], as many as `rows` names
     "Solve for the rows of newcomers, the other side held"
@@ -118,14 +120,14 @@ def _with_rows(dls, classes, x, y):
     res.unk = dls.unk
     return res
 
-# %% ../nbs/10b_newcomers.ipynb #e89729dd
+# %% ../nbs/10b_newcomers.ipynb #a707f936
 @patch
 def fold_in(self:CFLearner,
     interactions:pd.DataFrame, # rows with the loaders' columns of users, items and ratings
     role:str='user', # the side whose rows are solved for: 'user' or 'item'
     *,
     prior:RowPrior|None=None, # what such rows are like; None: as the fitted ones
-    n_steps:int=8, # steps where the model has a `y_range`
+    n_steps:int=8, # steps where the model has a `y_range`, at most
 )->CFLearner: # a new learner that knows the new ids; this one is left as it is
     "Add users (or items) that were not there in training, their rows solved for and nothing else changed"
     dls,ds,model = self.dls,self.dls.train_ds,self.model
