@@ -230,3 +230,19 @@ def test_positives(recwarn):
     assert len(few.train_ds)==(dls.train_ds.y>=4.5).sum() and few.n_users==dls.n_users and (few.valid_ds.y==1).all()
     assert (dls.train_ds.y<4.5).any() and few.train.bs==32 and few.train.shuffle and not few.valid.shuffle
     with pytest.raises(ValueError, match='at least 9'): dls.positives(9)
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+@pytest.mark.parametrize('loss,kw', all_losses, ids=lambda o: type(o).__name__ if not isinstance(o, dict) else o.get('how',''))
+def test_on_a_gpu(loss, kw):
+    dls = CFDataLoaders.from_df(synth_ratings(60, 40, 1000), item_name='title', rating_name=None, seed=3, device='cuda', bs=32)
+    learn = cf_learner(dls, CosineProduct if isinstance(loss, CCLLoss) else 'dot', n_factors=6, loss_func=loss, cbs=Negatives(seed=0, **kw), seed=0,
+                       metrics=list_metrics(k=5))
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 0.05)
+    assert learn.model.user_factors.is_cuda and learn.model.user_factors.isfinite().all()
+    s,gen = NegativeSampler(dls.train_ds, 50, 'popularity'),torch.Generator('cuda').manual_seed(0)
+    x = dls.train_ds.x[:200].long()
+    neg,keep,logq = s.draw(x, gen)
+    assert neg.is_cuda and keep.all() and not s.items.has(x[:,0], neg).any()
+    host = NegativeSampler(dls.train_ds.subset(slice(None)).to('cpu'), 50, 'popularity')
+    assert torch.equal(host.items.gaps, s.items.gaps.cpu())
