@@ -112,7 +112,7 @@ def show_biases(
 
 def _safe(s): return str(s).replace('$', r'\$')
 
-# %% ../nbs/11b_interpret.ipynb #2687e93a
+# %% ../nbs/11b_interpret.ipynb #c861f83b
 def _colors(v, color, df):
     "Values to colour the categories of a view by, and what they mean"
     if color is None: return None,''
@@ -120,6 +120,7 @@ def _colors(v, color, df):
     if isinstance(color, str) and df is not None and color in df.columns:
         check_cols(df, column=v.col)
         color = df.dropna(subset=[color]).groupby(v.col, observed=True)[color].first()
+        if not pd.api.types.is_numeric_dtype(color): color = color.astype(str).str.split('|').str[0]
     if isinstance(color, str):
         if own.get(color) is None: raise ValueError(f"`color`={color!r}: pass df=, a frame with columns {v.col!r} and {color!r}; or a Series by {v.col}, or one of "
                                                     f"{', '.join(repr(k) for k,o in own.items() if o is not None)}")
