@@ -21,7 +21,7 @@ from .learner import *
 from .maps import *
 from .models import *
 
-# %% ../nbs/11b_interpret.ipynb #9d8400bb
+# %% ../nbs/11b_interpret.ipynb #b25d4fcb
 @dataclass
 class CatView:
     "A categorical column of a learner, a row for each category"
@@ -41,10 +41,13 @@ def _targets(dls, ds_idx=0):
     y = ds.y.cpu().numpy() if hasattr(ds, 'y') and isinstance(ds.y, torch.Tensor) else ds.ys.to_numpy()
     return None if y.ndim>1 and y.shape[1]!=1 else y.reshape(-1).astype(float)
 
+def _roles(dls):
+    "{'user':column, 'item':column} where there are just these two, else nothing"
+    return dict(zip(('user','item'), dls.cat_names)) if len(dls.cat_names)==2 and not len(getattr(dls, 'cont_names', ())) else {}
+
 def _col_name(dls, col):
     "The column meant by `col`: its own name, 'user' or 'item', or `None` for the items"
-    names = list(dls.cat_names)
-    roles = dict(zip(('user','item'), names)) if len(names)==2 and not len(getattr(dls, 'cont_names', ())) else {}
+    names,roles = list(dls.cat_names),_roles(dls)
     if col is None: col = roles.get('item', names[0] if len(names)==1 else None)
     col = col if col in names else roles.get(col)
     if col is None: raise ValueError(f"`col` should name one of the columns with a table: {', '.join(names)}{', or user, item' if roles else ''}")
@@ -299,7 +302,7 @@ def _gradients(model, role, code, others):
         grad, = torch.autograd.grad(p.sum(), rows[0])
     return [o.detach().double().cpu().numpy() for o in (p.reshape(-1), grad, rows[0][0])]
 
-# %% ../nbs/11b_interpret.ipynb #8fc18e60
+# %% ../nbs/11b_interpret.ipynb #cb7ee83f
 def explain(
     learn, # a learner over users and items whose model has factors for both
     user, # the caller's id of the user
@@ -312,7 +315,7 @@ def explain(
     "Explain a prediction by the ratings it rests on (Hu, Koren & Volinsky 2008; leave-one-out of ridge regression)"
     dls,role = learn.dls,('items','users').index(check_choice(through, 'through', ('items','users')))
     names = list(dls.cat_names)
-    if len(names)!=2: raise ValueError(f"explain needs a learner over users and items, this one has the columns {', '.join(names)}")
+    if not _roles(dls): raise ValueError(f"explain needs a learner over users and items, this one has the columns {', '.join([*names, *dls.cont_names])}")
     codes,where = list(cat_codes(dls).values()),[pd.Index(list(dls.classes[n])).get_indexer([o])[0] for n,o in zip(names, (user,item))]
     for n,o,c in zip(names, (user,item), where):
         if c<1: raise UnknownIdError(n, [o], 'without training rows there is nothing to explain')

@@ -279,8 +279,8 @@ def test_bad_input(learn, shop, dls):
     with pytest.raises(ValueError, match='no factors'): explain(bare, cat_view(learn, 'user').ids[0], cat_view(learn).ids[0])
 
 def test_classifier_is_refused_by_error_plots(dls):
-    df = ratings.assign(good=ratings.rating>3)
-    tab = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['title','user'], cont_names=[], y_names='good', y_block=CategoryBlock(), bs=32, device='cpu')
+    df = ratings.assign(good=ratings.rating>3, x=np.cos(ratings.timestamp))
+    tab = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['user','title'], cont_names=['x'], y_names='good', y_block=CategoryBlock(), bs=32, device='cpu')
     l = tabular_learner(tab, layers=[4])
     with pytest.raises(ValueError, match='expected one number for each row'): show_preds(l)
     assert describe_axes(l, 'title', 2, 2).shape==(2,5)
