@@ -68,7 +68,23 @@ def _pictures(learn, out, color):
         with whole_file(out/'losses.png') as f: plt.savefig(f, dpi=120, bbox_inches='tight')
         with whole_file(out/'item_map.png') as f: show_item_map(learn, color=color).figure.savefig(f, dpi=120, bbox_inches='tight')
 
-# %% ../nbs/16_cli.ipynb #48149094
+# %% ../nbs/16_cli.ipynb #117216e2
+@contextmanager
+def _plain_progress(learn):
+    "Print a line an epoch instead of bars where the output is not a terminal"
+    if sys.stdout.isatty():
+        yield
+        return
+    line = lambda log: print('  '.join(f'{o:>10.4f}' if isinstance(o, float) else f'{o!s:>10}' for o in log), flush=True)
+    names = ['train_loss','valid_loss',*learn.metrics.attrgot('name')]
+    old = learn.logger
+    with learn.no_bar():
+        line(['epoch',*names,'time'])
+        learn.logger = line
+        try: yield
+        finally: learn.logger = old
+
+# %% ../nbs/16_cli.ipynb #21b566ca
 def _fit(
     data:str=None, # a ratings file (.csv, .tsv, .parquet) or the folder of a MovieLens set; none: a synthetic set
     out:str='demo', # folder for the bundle, metrics.json, pictures and recommendations.csv
@@ -92,7 +108,7 @@ def _fit(
     if out.is_file(): raise ValueError(f"--out {out} is a file; a folder is needed")
     df,dls = _load(data, split, splitter, valid_pct, seed, user_name=user_name, item_name=item_name, rating_name=rating_name, bs=bs)
     learn = cf_learner(dls, check_choice(model, 'model', ('dot','nn')), n_factors, _y_range(df, dls.rating_name), seed=seed, metrics=[rmse,mae])
-    learn.fit_one_cycle(epochs, lr, wd=wd)
+    with _plain_progress(learn): learn.fit_one_cycle(epochs, lr, wd=wd)
     learn.save_bundle(out)
     report = learn.evaluate(k=K) if len(dls.valid_ds) else pd.DataFrame()
     _write_report(learn, report, out, dict(data=data, model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,

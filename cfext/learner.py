@@ -95,7 +95,7 @@ def as_cf_dls(
     return CFDataLoaders(ResidentDL(dss[0], bs=dls.train.bs, shuffle=True, device=dls.device),
                          ResidentDL(dss[1], bs=dls.valid.bs, device=dls.device), path=dls.path, device=dls.device)
 
-# %% ../nbs/06_learner.ipynb #62a69d25
+# %% ../nbs/06_learner.ipynb #f30f740c
 def _emb_szs(dls, emb_szs):
     "((n_users,width), (n_items,width)) from fastai's rule, a dict {column: width}, or two (n,width) pairs"
     if emb_szs is None or isinstance(emb_szs, dict): return get_emb_sz(dls.train_ds, emb_szs)
@@ -109,7 +109,8 @@ def _make_model(dls, model, n_factors, y_range, emb_szs, config):
     if model=='dot': model = DotProductBias
     if model=='nn' or (isinstance(model, type) and issubclass(model, CollabNN) and model is not EmbeddingNet):
         cls = CollabNN if model=='nn' else model
-        return cls(*_emb_szs(dls, emb_szs), **{'y_range':y_range, **config})
+        own = {'use_bn':True} if model=='nn' else {}
+        return cls(*_emb_szs(dls, emb_szs), **{'y_range':y_range, **own, **config})
     if isinstance(model, type) and issubclass(model, nn.Module):
         args = dict(n_factors=n_factors, y_range=y_range)
         takes = inspect.signature(model.__init__).parameters
@@ -132,11 +133,11 @@ def _check_model(dls, model):
     if not isinstance(res, Tensor) or res.numel()!=3:
         raise ValueError(f"`model` gives {tuple(getattr(res, 'shape', ())) or type(res).__name__} for 3 rows; expected (3,1), a number a row")
 
-# %% ../nbs/06_learner.ipynb #c6a88e9b
+# %% ../nbs/06_learner.ipynb #e76e16f6
 @delegates(Learner.__init__)
 def cf_learner(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`, whose rows are taken over
-    model='dot', # 'dot' (`DotProductBias`), 'nn' (`CollabNN`), a class of modules, or a module that takes codes (bs,2)
+    model='dot', # 'dot' (`DotProductBias`), 'nn' (`CollabNN` with batch normalisation), a class of modules, or a module that takes codes (bs,2)
     n_factors:int=50, # width of the factors of a dot product
     y_range:tuple|None=None, # (low, high) of the predictions, a little beyond the ratings; None: not bounded
     loss_func=None, # loss of predictions and targets, both (bs,1); None: mean squared error

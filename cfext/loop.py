@@ -39,7 +39,7 @@ def batch_needs(
         res[cb.name] = events
     return res
 
-# %% ../nbs/05_loop.ipynb #07296825
+# %% ../nbs/05_loop.ipynb #2d1fd37b
 def lay_out(
     learn, # a `Learner` inside `fit`, before an epoch's batches
     n:int, # batches in the epoch
@@ -47,13 +47,12 @@ def lay_out(
     "Tabulate what the schedulers will set before each batch"
     scheds = [cb for cb in learn.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run]
     if not scheds: return [{}]*n
-    opt,pct,rows = learn.opt,learn.pct_train,[]
-    saved = [dict(h) for h in opt.hypers]
+    fs = {k:f for cb in scheds for k,f in cb.scheds.items()}
+    pct,rows,n_groups = learn.pct_train,[],len(learn.opt.hypers)
     for _ in range(n):
-        for cb in scheds: cb._update_val(pct)
-        rows.append({k: [h[k] for h in opt.hypers] for cb in scheds for k in cb.scheds})
+        vals = {k: f(pct) for k,f in fs.items()}
+        rows.append({k: list(v) if is_iter(v) else [v]*n_groups for k,v in vals.items()})
         pct += 1./(n*learn.n_epoch)
-    for h,s in zip(opt.hypers, saved): h.update(s)
     return rows
 
 # %% ../nbs/05_loop.ipynb #559c6bd4
@@ -158,7 +157,7 @@ def close(self:_Books, rows, stepper):
         self.rec.losses += list(torch.tensor(self.smoothed).unbind())
     if self.prog is not None: self.show()
 
-# %% ../nbs/05_loop.ipynb #b56374f6
+# %% ../nbs/05_loop.ipynb #2f62b791
 def lean_epoch(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 ):
@@ -180,10 +179,10 @@ def lean_epoch(
             for f in before: f()
             learn.pred = model(*learn.xb)
             for f in after_pred: f()
-            learn.loss_grad = learn.loss = learn.loss_func(learn.pred, *learn.yb)
+            with torch._C.DisableTorchFunctionSubclass(): learn.loss_grad = learn.loss = learn.loss_func(learn.pred, *learn.yb)
             for f in after_loss: f()
             learn.loss_grad.backward()
-            books.losses[i] = learn.loss.detach()
+            with torch._C.DisableTorchFunctionSubclass(): books.losses[i] = learn.loss.detach()
             stepper.step(opt.hypers)
             stepper.zero_grad()
             books.done = i+1
