@@ -135,7 +135,7 @@ def _colors(v, color, df):
     if len(color)!=len(v): raise ValueError(f"`color` has {len(color)} values for {len(v)} of {v.col}")
     return np.asarray(color),name
 
-# %% ../nbs/11b_interpret.ipynb #eb882f36
+# %% ../nbs/11b_interpret.ipynb #6a71a440
 def show_item_map(
     learn, # a learner, or a `CatView`
     col:str|None=None, # see `cat_view`
@@ -159,10 +159,9 @@ def show_item_map(
         info = [f'{n:,} rows' + ('' if v.mean is None else f', mean {m:.2f}') + ('' if cs is None else f', {cname} {c}')
                 for n,m,c in zip(v.count[keep], keep if v.mean is None else v.mean[keep], keep if cs is None else cs)]
         map_page(html, xy, v.names[keep], cs, v.count[keep], title=f'{len(keep):,} of {v.col} by {method}', info=info, color_name=cname)
-    ax = draw_map(xy, v.names[keep], cs, v.count[keep], n_labels=n_labels, color_name=cname, ax=ax)
-    if method=='pca' and min(v.table.shape)>1:
-        ax.set(**{f'{a}label':f'axis {i+1} ({s:.0%} of the variance)' for i,(a,s) in enumerate(zip('xy', pca_axes(v.table[keep])[1]))})
-    return ax
+    named = method=='pca' and min(v.table.shape)>1
+    axis_names = [f'axis {i+1} ({s:.0%} of the variance)' for i,s in enumerate(pca_axes(v.table[keep])[1])] if named else ('','')
+    return draw_map(xy, v.names[keep], cs, v.count[keep], n_labels=n_labels, color_name=cname, axis_names=axis_names, ax=ax)
 
 # %% ../nbs/11b_interpret.ipynb #6b0a6deb
 def describe_axes(

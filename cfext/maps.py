@@ -124,7 +124,7 @@ def place_labels(
         taken,res = np.r_[taken,s[None]],res+[t]
     return res
 
-# %% ../nbs/11a_maps.ipynb #f1932503
+# %% ../nbs/11a_maps.ipynb #7b0a1180
 def draw_map(
     xy, # (n,2) places, such as those of `project`
     names:Sequence, # (n,) titles
@@ -133,6 +133,7 @@ def draw_map(
     *,
     n_labels:int=40, # most titles to write
     color_name:str='', # heading of the legend
+    axis_names:Sequence=('',''), # names of the two axes
     fontsize:float=8, # of the titles, points
     ax=None, # matplotlib axes to draw on; new ones if `None`
 ): # the axes; the titles are its `texts`
@@ -151,6 +152,7 @@ def draw_map(
             scale = plt.cm.ScalarMappable(plt.Normalize(c.lo, c.hi), 'viridis')
             ax.figure.colorbar(scale, ax=ax, label=color_name, shrink=.7, pad=.02)
     ax.spines[['top','right']].set_visible(False)
+    ax.set(xlabel=axis_names[0], ylabel=axis_names[1])
     order = np.argsort(-w, kind='stable')
     place_labels(ax, xy[order], np.asarray(names, dtype=object)[order], n_labels, points=xy, fontsize=fontsize)
     return ax
