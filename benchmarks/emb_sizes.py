@@ -9,7 +9,7 @@ an epoch); the models are those of `cf_learner(model='nn')` and `tabular_learner
 reported: epochs, rates and layers are fixed in `SETS`, and the loss is that of the last epoch.
 
 A difference is called noise unless a paired t-test over the seeds, corrected by Holm for the rules compared, is below .05."""
-import argparse,json,os,platform,sys,time
+import argparse,json,sys,time
 from pathlib import Path
 import numpy as np,pandas as pd,torch
 from scipy import stats
@@ -19,16 +19,16 @@ from cfext.data import CFDataLoaders
 from cfext.embed import cat_counts,emb_rules,get_emb_szs
 from cfext.learner import cf_learner
 from datetime import date
+from common import data_dir,machine
 
 HERE = Path(__file__).parent
-DATA = Path(os.environ.get('CFEXT_DATA', HERE.parent/'../shared/data'))
 RULES = {'equal': lambda n: 1, **emb_rules}
 SETS = dict(ml100k=dict(metric='MSE', budgets=(20_000,80_000), epochs=5, bs=128, lr=5e-3, wd=.1),
             adult=dict(metric='log loss', budgets=(300,1_500), epochs=4, bs=256, lr=5e-3, wd=.01),
             rossmann=dict(metric='MSE of standardised log sales', budgets=(8_000,24_000), epochs=6, bs=512, lr=5e-3, wd=.01))
 
 def ml100k(seed):
-    df = read_ratings(DATA/'ml-100k')
+    df = read_ratings(data_dir('ml-100k'))
     dls = CFDataLoaders.from_df(df, user_name='user', item_name='item', rating_name='rating', valid_pct=.2, seed=seed, device='cpu')
     make = lambda szs: cf_learner(dls, model='nn', emb_szs=szs, y_range=(0,5.5), config=dict(layers=[100])).model
     (tr,va) = [((ds.x.long(),), ds.y) for ds in (dls.train_ds, dls.valid_ds)]
@@ -42,15 +42,15 @@ def tabular(df, cats, conts, y, splits, loss, seed, **kwargs):
     return dls,make,loss,(part(dls.train_ds),ys(dls.train_ds)),(part(dls.valid_ds),ys(dls.valid_ds))
 
 def adult(seed):
-    df = pd.read_csv(DATA/'adult_sample'/'adult.csv.gz', skipinitialspace=True)
+    df = pd.read_csv(data_dir('adult_sample')/'adult.csv.gz', skipinitialspace=True)
     cats = ['workclass','education','marital-status','occupation','relationship','race','sex','native-country']
     return tabular(df, cats, ['age','fnlwgt','education-num','capital-gain','capital-loss','hours-per-week'], 'salary',
                    RandomSplitter(.2, seed=seed)(range_of(df)), F.cross_entropy, seed, y_block=CategoryBlock())
 
 def rossmann(seed, n_train=100_000):
     "The features of the entity-embedding paper; the last tenth of the days is held out, the training rows are a sample of the rest"
-    df = pd.read_csv(DATA/'rossmann'/'train.csv.gz', dtype={'StateHoliday':str}, parse_dates=['Date'])
-    df = df[df.Sales>0].merge(pd.read_csv(DATA/'rossmann'/'store_states.csv'), on='Store').sort_values('Date', kind='stable').reset_index(drop=True)
+    df = pd.read_csv(data_dir('rossmann')/'train.csv.gz', dtype={'StateHoliday':str}, parse_dates=['Date'])
+    df = df[df.Sales>0].merge(pd.read_csv(data_dir('rossmann')/'store_states.csv'), on='Store').sort_values('Date', kind='stable').reset_index(drop=True)
     cut = df.Date.iloc[int(len(df)*.9)]
     train,valid = np.flatnonzero(df.Date<cut),np.flatnonzero(df.Date>=cut)
     keep = np.random.default_rng(seed).choice(train, n_train, replace=False)
@@ -128,11 +128,6 @@ def tables(name, runs, log):
         log(f"\n{name}, budget {budget:,} ({SETS[name]['metric']}, lower is better)\n{tab.to_string(index=False, float_format=lambda v: f'{v:.5f}')}\n")
         res.append(dict(budget=budget, rules=json.loads(tab.to_json(orient='records'))))
     return res
-
-def machine():
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
-    return dict(cpu=cpu, cores=os.cpu_count(), ram_gib=round(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30), python=platform.python_version(),
-                torch=torch.__version__, fastai=__import__('fastai').__version__)
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -21,7 +21,7 @@ from .learner import *
 from .maps import *
 from .models import *
 
-# %% ../nbs/11b_interpret.ipynb #9d8400bb
+# %% ../nbs/11b_interpret.ipynb #b25d4fcb
 @dataclass
 class CatView:
     "A categorical column of a learner, a row for each category"
@@ -41,10 +41,13 @@ def _targets(dls, ds_idx=0):
     y = ds.y.cpu().numpy() if hasattr(ds, 'y') and isinstance(ds.y, torch.Tensor) else ds.ys.to_numpy()
     return None if y.ndim>1 and y.shape[1]!=1 else y.reshape(-1).astype(float)
 
+def _roles(dls):
+    "{'user':column, 'item':column} where there are just these two, else nothing"
+    return dict(zip(('user','item'), dls.cat_names)) if len(dls.cat_names)==2 and not len(getattr(dls, 'cont_names', ())) else {}
+
 def _col_name(dls, col):
     "The column meant by `col`: its own name, 'user' or 'item', or `None` for the items"
-    names = list(dls.cat_names)
-    roles = dict(zip(('user','item'), names)) if len(names)==2 and not len(getattr(dls, 'cont_names', ())) else {}
+    names,roles = list(dls.cat_names),_roles(dls)
     if col is None: col = roles.get('item', names[0] if len(names)==1 else None)
     col = col if col in names else roles.get(col)
     if col is None: raise ValueError(f"`col` should name one of the columns with a table: {', '.join(names)}{', or user, item' if roles else ''}")
@@ -112,7 +115,7 @@ def show_biases(
 
 def _safe(s): return str(s).replace('$', r'\$')
 
-# %% ../nbs/11b_interpret.ipynb #2687e93a
+# %% ../nbs/11b_interpret.ipynb #c861f83b
 def _colors(v, color, df):
     "Values to colour the categories of a view by, and what they mean"
     if color is None: return None,''
@@ -120,6 +123,7 @@ def _colors(v, color, df):
     if isinstance(color, str) and df is not None and color in df.columns:
         check_cols(df, column=v.col)
         color = df.dropna(subset=[color]).groupby(v.col, observed=True)[color].first()
+        if not pd.api.types.is_numeric_dtype(color): color = color.astype(str).str.split('|').str[0]
     if isinstance(color, str):
         if own.get(color) is None: raise ValueError(f"`color`={color!r}: pass df=, a frame with columns {v.col!r} and {color!r}; or a Series by {v.col}, or one of "
                                                     f"{', '.join(repr(k) for k,o in own.items() if o is not None)}")
@@ -131,7 +135,7 @@ def _colors(v, color, df):
     if len(color)!=len(v): raise ValueError(f"`color` has {len(color)} values for {len(v)} of {v.col}")
     return np.asarray(color),name
 
-# %% ../nbs/11b_interpret.ipynb #eb882f36
+# %% ../nbs/11b_interpret.ipynb #6a71a440
 def show_item_map(
     learn, # a learner, or a `CatView`
     col:str|None=None, # see `cat_view`
@@ -155,10 +159,9 @@ def show_item_map(
         info = [f'{n:,} rows' + ('' if v.mean is None else f', mean {m:.2f}') + ('' if cs is None else f', {cname} {c}')
                 for n,m,c in zip(v.count[keep], keep if v.mean is None else v.mean[keep], keep if cs is None else cs)]
         map_page(html, xy, v.names[keep], cs, v.count[keep], title=f'{len(keep):,} of {v.col} by {method}', info=info, color_name=cname)
-    ax = draw_map(xy, v.names[keep], cs, v.count[keep], n_labels=n_labels, color_name=cname, ax=ax)
-    if method=='pca' and min(v.table.shape)>1:
-        ax.set(**{f'{a}label':f'axis {i+1} ({s:.0%} of the variance)' for i,(a,s) in enumerate(zip('xy', pca_axes(v.table[keep])[1]))})
-    return ax
+    named = method=='pca' and min(v.table.shape)>1
+    axis_names = [f'axis {i+1} ({s:.0%} of the variance)' for i,s in enumerate(pca_axes(v.table[keep])[1])] if named else ('','')
+    return draw_map(xy, v.names[keep], cs, v.count[keep], n_labels=n_labels, color_name=cname, axis_names=axis_names, ax=ax)
 
 # %% ../nbs/11b_interpret.ipynb #6b0a6deb
 def describe_axes(
@@ -298,7 +301,7 @@ def _gradients(model, role, code, others):
         grad, = torch.autograd.grad(p.sum(), rows[0])
     return [o.detach().double().cpu().numpy() for o in (p.reshape(-1), grad, rows[0][0])]
 
-# %% ../nbs/11b_interpret.ipynb #8fc18e60
+# %% ../nbs/11b_interpret.ipynb #cb7ee83f
 def explain(
     learn, # a learner over users and items whose model has factors for both
     user, # the caller's id of the user
@@ -311,7 +314,7 @@ def explain(
     "Explain a prediction by the ratings it rests on (Hu, Koren & Volinsky 2008; leave-one-out of ridge regression)"
     dls,role = learn.dls,('items','users').index(check_choice(through, 'through', ('items','users')))
     names = list(dls.cat_names)
-    if len(names)!=2: raise ValueError(f"explain needs a learner over users and items, this one has the columns {', '.join(names)}")
+    if not _roles(dls): raise ValueError(f"explain needs a learner over users and items, this one has the columns {', '.join([*names, *dls.cont_names])}")
     codes,where = list(cat_codes(dls).values()),[pd.Index(list(dls.classes[n])).get_indexer([o])[0] for n,o in zip(names, (user,item))]
     for n,o,c in zip(names, (user,item), where):
         if c<1: raise UnknownIdError(n, [o], 'without training rows there is nothing to explain')

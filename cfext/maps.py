@@ -49,7 +49,7 @@ def project(
     from sklearn.manifold import TSNE
     return TSNE(init='pca', random_state=seed, perplexity=min(30, (len(t)-1)/3)).fit_transform(t).astype(float)
 
-# %% ../nbs/11a_maps.ipynb #9b8eee69
+# %% ../nbs/11a_maps.ipynb #3aacbff4
 class Coloring(NamedTuple):
     "A colour for each point: `palette[idx]`; `names` for categories, `lo` and `hi` for a scale of numbers"
     idx:np.ndarray # (n,) int
@@ -64,9 +64,10 @@ def color_points(
     values, # (n,) numbers or names; missing ones are grey, and so are all but the eight most frequent names
 )->Coloring:
     "Choose a colour for each point by its value"
-    v = pd.Series(np.asarray(values, dtype=object)).infer_objects()
-    if pd.api.types.is_numeric_dtype(v) and not pd.api.types.is_bool_dtype(v) and np.isfinite(v.astype(float)).any():
-        x = v.astype(float).to_numpy()
+    v = pd.Series(values).reset_index(drop=True).infer_objects()
+    numeric = pd.api.types.is_numeric_dtype(v) and not pd.api.types.is_bool_dtype(v)
+    x = v.to_numpy(float, na_value=np.nan) if numeric else np.full(len(v), np.nan)
+    if np.isfinite(x).any():
         lo,hi = np.nanmin(x[np.isfinite(x)]),np.nanmax(x[np.isfinite(x)])
         idx = np.where(np.isfinite(x), (np.clip((x-lo)/max(hi-lo, 1e-12), 0, 1)*62.999), 63)
         return Coloring(np.nan_to_num(idx, nan=63).astype(int), [to_hex(plt.cm.viridis(i/62)) for i in range(63)]+['#999999'], [], lo, hi)
@@ -123,7 +124,7 @@ def place_labels(
         taken,res = np.r_[taken,s[None]],res+[t]
     return res
 
-# %% ../nbs/11a_maps.ipynb #f1932503
+# %% ../nbs/11a_maps.ipynb #7b0a1180
 def draw_map(
     xy, # (n,2) places, such as those of `project`
     names:Sequence, # (n,) titles
@@ -132,6 +133,7 @@ def draw_map(
     *,
     n_labels:int=40, # most titles to write
     color_name:str='', # heading of the legend
+    axis_names:Sequence=('',''), # names of the two axes
     fontsize:float=8, # of the titles, points
     ax=None, # matplotlib axes to draw on; new ones if `None`
 ): # the axes; the titles are its `texts`
@@ -150,6 +152,7 @@ def draw_map(
             scale = plt.cm.ScalarMappable(plt.Normalize(c.lo, c.hi), 'viridis')
             ax.figure.colorbar(scale, ax=ax, label=color_name, shrink=.7, pad=.02)
     ax.spines[['top','right']].set_visible(False)
+    ax.set(xlabel=axis_names[0], ylabel=axis_names[1])
     order = np.argsort(-w, kind='stable')
     place_labels(ax, xy[order], np.asarray(names, dtype=object)[order], n_labels, points=xy, fontsize=fontsize)
     return ax
