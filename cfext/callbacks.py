@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['loss_count', 'window_ends', 'GradientAccumulator']
 
-# %% ../nbs/07_callbacks.ipynb #b78258e8
+# %% ../nbs/07_callbacks.ipynb #4ed7dd0f
 import math
 from contextlib import ExitStack
 from functools import partial
 
 import torch
-from torch import nn,distributed as dist
+from torch import Tensor,nn,distributed as dist
 from torch.nn import functional as F
 from fastai.callback.core import *
 from fastai.callback.fp16 import MixedPrecision
@@ -81,7 +81,7 @@ def window_ends(
         if res[-1]: seen = 0
     return res
 
-# %% ../nbs/07_callbacks.ipynb #e066b877
+# %% ../nbs/07_callbacks.ipynb #a345877c
 def _same(n, m): return isinstance(n, float) and n==m
 
 class _Window:
@@ -90,7 +90,7 @@ class _Window:
         self.rows,self.batches = 0,0 # seen so far
         self.counts,self.loss = [],0. # what each batch's loss was averaged over, and the sum of loss times count
         self.target = self.expect = self.nominal = 0 # `n_acc`, the rows and the count that a full window holds
-        self.bs,self.n,self.closes = 0,0.,False # the batch at hand: rows, count, does it end the window
+        self.bs,self.n,self.closes,self.full = 0,0.,False,False # the batch at hand: rows, count, does it end the window, did it
         self.pct = self.step_pct = None # progress by batches, kept while schedules see progress by steps
         self.ctx = ExitStack() # `no_sync`
 
@@ -98,7 +98,7 @@ class _Window:
     def mean_loss(self):
         "The loss of all that the window holds, without making the host wait for a device"
         t = self.total()
-        return self.loss/(t.clamp_min(1e-12) if isinstance(t, torch.Tensor) else t or 1.)
+        return self.loss/(t.clamp_min(1e-12) if isinstance(t, Tensor) else t or 1.)
 
 # %% ../nbs/07_callbacks.ipynb #8816de6b
 class GradientAccumulator(Callback):
@@ -196,7 +196,7 @@ def after_pred(self:GradientAccumulator):
 @patch
 def after_cancel_batch(self:GradientAccumulator): self.after_pred()
 
-# %% ../nbs/07_callbacks.ipynb #c584da3b
+# %% ../nbs/07_callbacks.ipynb #884ab30c
 @patch
 def _backward_only(self:GradientAccumulator):
     "Stand in once for what the learner does after the loss: gradients are added, nothing steps or is cleared"
@@ -217,18 +217,20 @@ def after_loss(self:GradientAccumulator):
     if not learn.loss_grad.requires_grad:
         raise ValueError("the loss does not depend on any parameter that is being trained; unfreeze some, or look for a `detach`")
     n = loss_count(learn.loss_func, learn.pred, *learn.yb) if self.count is None else self.count(learn.pred, *learn.yb)
-    if n is not None and (not isinstance(n, torch.Tensor) or n.device.type=='cpu'): # another device's is read at the step
+    if n is not None and (not isinstance(n, Tensor) or n.device.type=='cpu'): # another device's is read at the step
         n = float(n)
         self._check(n)
     w.n = n
     if not w.closes: learn._do_grad_opt = self._backward_only
 
-# %% ../nbs/07_callbacks.ipynb #c1823d30
+# %% ../nbs/07_callbacks.ipynb #39e1ea18
 @patch
 def before_backward(self:GradientAccumulator):
     "Weigh the loss by what it was averaged over"
     learn,w = self._learner,self._window
-    if not w.batches: w.nominal = w.expect*(1 if _same(w.n, w.bs) or self._world()>1 else learn.yb[0].numel()/w.bs)
+    if not w.batches:
+        one,alone = self._world()==1,w.closes and isinstance(w.n, float) and w.n>0
+        w.nominal = w.n if one and alone else w.expect*(learn.yb[0].numel()/w.bs if one and not _same(w.n, w.bs) else 1)
     if w.n is not None and not _same(w.n, w.nominal): learn.loss_grad = learn.loss_grad*(w.n/w.nominal)
 
 @patch
@@ -243,12 +245,12 @@ def after_backward(self:GradientAccumulator):
     learn,w = self._learner,self._window
     if not w.bs: return
     n,loss = 1. if w.n is None else w.n,learn.loss.detach()
-    w.rows,w.batches = w.rows+w.bs,w.batches+1
+    w.rows,w.batches,w.full = w.rows+w.bs,w.batches+1,w.closes
     w.counts.append(w.n)
-    w.loss = w.loss + (torch.where(n==0, 0., loss*n) if isinstance(n, torch.Tensor) else loss*n if n else 0.)
+    w.loss = w.loss + (torch.where(n==0, 0., loss*n) if isinstance(n, Tensor) else loss*n if n else 0.)
     if self.log=='window': learn.loss = torch.as_tensor(w.mean_loss(), device=loss.device)
 
-# %% ../nbs/07_callbacks.ipynb #76c09fc3
+# %% ../nbs/07_callbacks.ipynb #0650deba
 @patch
 def before_step(self:GradientAccumulator):
     "Turn the weighted sum into the gradient of the window's mean"
@@ -276,4 +278,4 @@ def after_step(self:GradientAccumulator):
 def after_batch(self:GradientAccumulator):
     w = self._window
     w.ctx.close()
-    if w.closes and w.batches: self._discard() # its step was cancelled together with the batch
+    if w.full: self._discard() # its step was cancelled together with the batch
