@@ -153,7 +153,7 @@ def _draw_rows(starts, cols, resid, V, prior, L, tau, g):
     y = torch.linalg.solve_triangular(C, b[...,None], upper=False) + _randn((n,D,1), g)
     return torch.linalg.solve_triangular(C.mT, y, upper=True)[...,0]
 
-# %% ../nbs/07b_averaging.ipynb #4c832365
+# %% ../nbs/07b_averaging.ipynb #3b4ac886
 def rated_features(
     dls:CFDataLoaders, # the training rows count
 )->tuple: # (n_users, n_items), (n_items, n_users) float; rows have length one, row 0 and rows without ratings are 0
@@ -175,17 +175,19 @@ def cat_features(
     check_cols(table, **{f'cols[{j}]':c for j,c in enumerate(cols)})
     if not table.index.is_unique: raise ValueError(f"the index of `table` repeats {plain(table.index[table.index.duplicated()][0])!r}: it should hold each {role} once")
     x = pd.get_dummies(table[cols]).astype('float32').reindex(dls.classes[dls.cat_names[check_choice(role, 'role', ('user','item'))=='item']].ids).fillna(0)
-    return torch.cat([torch.zeros(1, x.shape[1]), torch.from_numpy(x.to_numpy())]).to(dls.device)
+    return torch.cat([torch.zeros(1, x.shape[1]), torch.tensor(x.to_numpy(copy=True))]).to(dls.device)
 
-# %% ../nbs/07b_averaging.ipynb #d793f71d
+# %% ../nbs/07b_averaging.ipynb #d2e93ffe
 class _Prior:
     "The prior of one side's rows: mean, precision, and weights of the features"
     def __init__(self, x, D, lam, g):
         self.x,self.g = x,g
         self.B = None if x is None else torch.zeros(x.shape[1], D, device=g.device)
         if x is not None: self.C = torch.linalg.cholesky(x.T@x + lam*torch.eye(x.shape[1], device=g.device))
-    def draw(self, Z):
-        "Draw the prior given the rows Z (n,d), row 0 left out: the rows' means (n,d), and the precision (d,d)"
+    def draw(self,
+        Z:Tensor, # (n,d) the rows; row 0, the unknown one, does not count
+    )->tuple: # (means of the rows (n,d), their precision (d,d))
+        "Draw the prior given the rows"
         if self.x is None:
             m,L = _hyper(Z[1:], self.g)
             return m.expand(len(Z), -1),L

@@ -90,44 +90,6 @@ def predict_rows(
     kw = dict(unk='na' if learn.dls.unk=='raise' else learn.dls.unk) if isinstance(learn.dls, CFDataLoaders) else {}
     with learn.no_bar(),learn.no_logging(): return learn.get_preds(dl=learn.dls.test_dl(rows, **kw))[0].cpu()
 
-# %% ../nbs/14b_folds.ipynb #a91db52d
-class Folds:
-    "Out-of-fold predictions in the caller's order (`oof`, `targs`), and the learners that made them"
-    def __init__(self,
-        df:pd.DataFrame, # the rows
-        rows:list, # pairs from `fold_rows`
-        preds:dict, # {(fold, seed): predictions of the rows held out}
-        rating_name:str, # column of the targets
-        learners:dict, # {(fold, seed): learner or path of a bundle or None}
-    ):
-        store_attr('rows,preds')
-        self.targs,self._learners = df[rating_name],learners
-        total,count = None,np.zeros(len(df))
-        for (j,_),p in preds.items():
-            if total is None: total = np.zeros((len(df), *p.shape[1:]))
-            total[rows[j][1]] += p
-            count[rows[j][1]] += 1
-        mean = total/np.where(count, count, np.nan).reshape(-1, *[1]*(total.ndim-1))
-        flat = mean.ndim==1 or mean.shape[1]==1
-        self.oof = pd.Series(mean.reshape(-1), df.index, name='pred') if flat else pd.DataFrame(mean, df.index)
-    @property
-    def learners(self):
-        for k,l in self._learners.items():
-            if isinstance(l, Path): self._learners[k] = load_bundle(l)
-            if l is None: raise ValueError(f"fold {k[0]}, seed {k[1]} was finished by another run, and this kind of learner is not kept")
-        return list(self._learners.values())
-
-@patch
-def table(self:Folds)->pd.DataFrame: # a row a fold: rows held out, RMSE of its mean over seeds
-    "Score each fold, and all rows together"
-    y = self.targs.to_numpy()
-    res = {}
-    for j,(_,va) in enumerate(self.rows):
-        p = np.mean([p for (f,_),p in self.preds.items() if f==j], 0).reshape(len(va), -1)
-        if p.shape[1]==1: res[j] = dict(rows=len(va), rmse=float(np.sqrt(((p[:,0]-y[va])**2).mean())))
-    ok = self.oof.notna().to_numpy()
-    return pd.DataFrame({**res, 'all': dict(rows=int(ok.sum()), rmse=float(np.sqrt(((self.oof[ok]-y[ok])**2).mean())))}).T.astype(dict(rows=int)).rename_axis('fold')
-
 # %% ../nbs/14b_folds.ipynb #bd98c747
 def _frame_digest(df, rows):
     "SHA-256 of the frame's values and of the folds"
@@ -164,7 +126,7 @@ def _kept(path, name, n):
     if p is not None and len(p)==n: return p
     warnings.warn(f"{path/f'{name}.npy'} is not readable; this fold is trained again", stacklevel=3)
 
-# %% ../nbs/14b_folds.ipynb #c698368f
+# %% ../nbs/14b_folds.ipynb #07913de7
 @contextmanager
 def _seeded(seed):
     "Seed the generators of torch, NumPy and Python inside a block, and put them back after it"
@@ -196,6 +158,46 @@ def _fit_one(make_learner, df, tr, va, seed, predict):
     if len(p)!=len(va): raise ValueError(f"{len(p)} predictions for {len(va)} rows held out")
     return learn,p
 
+# %% ../nbs/14b_folds.ipynb #f298316d
+class Folds:
+    "Out-of-fold predictions in the caller's order (`oof`, `targs`), and the learners that made them"
+    def __init__(self,
+        df:pd.DataFrame, # the rows
+        rows:list, # pairs from `fold_rows`
+        preds:dict, # {(fold, seed): predictions of the rows held out}
+        rating_name:str, # column of the targets
+        learners:dict, # {(fold, seed): learner or path of a bundle or None}
+    ):
+        store_attr('rows,preds')
+        self.targs,self._learners = df[rating_name],learners
+        total,count = None,np.zeros(len(df))
+        for (j,_),p in preds.items():
+            if total is None: total = np.zeros((len(df), *p.shape[1:]))
+            total[rows[j][1]] += p
+            count[rows[j][1]] += 1
+        mean = total/np.where(count, count, np.nan).reshape(-1, *[1]*(total.ndim-1))
+        flat = mean.ndim==1 or mean.shape[1]==1
+        self.oof = pd.Series(mean.reshape(-1), df.index, name='pred') if flat else pd.DataFrame(mean, df.index)
+    @property
+    def learners(self)->list:
+        "The learners, fold by fold; those of an earlier run are loaded from their bundles"
+        for k,l in self._learners.items():
+            if isinstance(l, Path): self._learners[k] = load_bundle(l)
+            if l is None: raise ValueError(f"fold {k[0]}, seed {k[1]} was finished by another run, and this kind of learner is not kept")
+        return list(self._learners.values())
+
+@patch
+def table(self:Folds)->pd.DataFrame: # a row a fold: rows held out, RMSE of its mean over seeds
+    "Score each fold, and all rows together"
+    y = self.targs.to_numpy()
+    res = {}
+    for j,(_,va) in enumerate(self.rows):
+        p = np.mean([p for (f,_),p in self.preds.items() if f==j], 0).reshape(len(va), -1)
+        if p.shape[1]==1: res[j] = dict(rows=len(va), rmse=float(np.sqrt(((p[:,0]-y[va])**2).mean())))
+    ok = self.oof.notna().to_numpy()
+    return pd.DataFrame({**res, 'all': dict(rows=int(ok.sum()), rmse=float(np.sqrt(((self.oof[ok]-y[ok])**2).mean())))}).T.astype(dict(rows=int)).rename_axis('fold')
+
+# %% ../nbs/14b_folds.ipynb #d1d6a2d8
 def fit_folds(
     make_learner, # function (df, splitter, seed) -> a fitted learner
     df:pd.DataFrame, # the rows; left as they are
