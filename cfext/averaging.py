@@ -6,10 +6,11 @@
 __all__ = ['SWA', 'EMA', 'with_weights', 'Snapshots', 'rated_features', 'cat_features', 'GibbsMF', 'Langevin', 'DropoutDraw',
            'dropout_members']
 
-# %% ../nbs/07b_averaging.ipynb #00b40dfd
+# %% ../nbs/07b_averaging.ipynb #d999c060
 import math,warnings
 from copy import deepcopy
 
+import pandas as pd
 import torch
 from torch import Tensor,nn
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn,update_bn
@@ -153,7 +154,7 @@ def _draw_rows(starts, cols, resid, V, prior, L, tau, g):
     y = torch.linalg.solve_triangular(C, b[...,None], upper=False) + _randn((n,D,1), g)
     return torch.linalg.solve_triangular(C.mT, y, upper=True)[...,0]
 
-# %% ../nbs/07b_averaging.ipynb #3b4ac886
+# %% ../nbs/07b_averaging.ipynb #c5379e27
 def rated_features(
     dls:CFDataLoaders, # the training rows count
 )->tuple: # (n_users, n_items), (n_items, n_users) float; rows have length one, row 0 and rows without ratings are 0
@@ -171,7 +172,6 @@ def cat_features(
     cols:list, # columns; numbers go in as they are, other values as one column of 0 and 1 for each
 )->Tensor: # (n_users or n_items, n) float; 0 for those that the table does not have
     "Make features of users or items from a table"
-    import pandas as pd
     check_cols(table, **{f'cols[{j}]':c for j,c in enumerate(cols)})
     if not table.index.is_unique: raise ValueError(f"the index of `table` repeats {plain(table.index[table.index.duplicated()][0])!r}: it should hold each {role} once")
     x = pd.get_dummies(table[cols]).astype('float32').reindex(dls.classes[dls.cat_names[check_choice(role, 'role', ('user','item'))=='item']].ids).fillna(0)

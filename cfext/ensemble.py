@@ -213,7 +213,7 @@ def fit_weights(self:Ensemble,
     self.weights = check_weights(blend, list(self.members))
     return blend
 
-# %% ../nbs/14c_ensemble.ipynb #f62bbef0
+# %% ../nbs/14c_ensemble.ipynb #1d391f19
 class MergedModel(CFModel):
     "Models of different codes as one: `maps[j]` turns common codes of users and items into those of model j"
     def __init__(self,
@@ -225,19 +225,20 @@ class MergedModel(CFModel):
     ):
         super().__init__(len(maps[0][0]), len(maps[0][1]))
         self.models,self.merge,self.ranks,self.in_turn = nn.ModuleList(models),merge,ranks,in_turn
-        self.users,self.items = (nn.ParameterList([nn.Parameter(m[j], requires_grad=False) for m in maps]) for j in (0,1))
-    def _run(self, m, f):
-        dev = next(m.parameters()).device
+        dev = next(models[0].parameters()).device
+        self.users,self.items = (nn.ParameterList([nn.Parameter(m[j].to(dev), requires_grad=False) for m in maps]) for j in (0,1))
+    def _run(self, m, f, *codes):
+        home,dev = next(m.parameters()).device,codes[0].device
         if self.in_turn is not None: m.to(self.in_turn)
-        try: return f(m).float()
-        finally:
-            if self.in_turn is not None: m.to(dev)
+        try: return f(m, *[c.to(next(m.parameters()).device) for c in codes]).float().to(dev)
+        finally: m.to(home)
     def forward(self, x):
         if self.ranks: raise ValueError("ranks are for lists: this ensemble cannot predict ratings")
-        return self.merge(self._run(m, lambda m: m(torch.stack([u[x[:,0]], i[x[:,1]]], 1)).reshape(-1, 1)) for m,u,i in zip(self.models, self.users, self.items))
+        run = lambda m,x: m(x).reshape(-1, 1)
+        return self.merge(self._run(m, run, torch.stack([u[x[:,0]], i[x[:,1]]], 1)) for m,u,i in zip(self.models, self.users, self.items))
     def score_items(self, users):
-        score = lambda m,us: m.score_items(us) if hasattr(m, 'score_items') else score_by_forward(m, us, self.n_items)
-        each = (self._run(m, lambda m: score(m, u[users])[:,i]) for m,u,i in zip(self.models, self.users, self.items))
+        score = lambda m,us,i: (m.score_items(us) if hasattr(m, 'score_items') else score_by_forward(m, us, int(i.max())+1))[:,i]
+        each = (self._run(m, score, u[users], i) for m,u,i in zip(self.models, self.users, self.items))
         return self.merge(s.T for s in each).T if self.ranks else self.merge(each)
 
 def _union_dls(learns):
