@@ -11,9 +11,11 @@ from torch import nn
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.fp16 import AMPMode,MixedPrecision
 from fastai.vision.all import *
-from fastai.vision.all import PILImage,Resize
+from fastcore.all import *
+from fastcore.imports import noop
 
 from cfext.preds import *
+from cfext.views import *
 for _n in [o for o in globals() if o.startswith('test')]: del globals()[_n] # fastcore's, which pytest would collect
 
 # Mergers
