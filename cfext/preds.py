@@ -177,7 +177,7 @@ def _out_kind(loss_func):
 def _to_probs(p, kind, axis): return p.softmax(axis) if kind=='softmax' else p.sigmoid() if kind=='sigmoid' else p
 def _to_raw(p, kind): return _log(p) if kind=='softmax' else _logit(p) if kind=='sigmoid' else p
 
-# %% ../nbs/08_preds.ipynb #593837d9
+# %% ../nbs/08_preds.ipynb #daedfc48
 class TTA(Callback):
     "Let a learner predict from several views of each batch: `get_preds`, `validate`, `predict` and metrics are those of all views"
     order,run_train = 8,False # before `CastToTensor` and mixed precision, so that it sees types and works on full outputs
@@ -193,7 +193,7 @@ class TTA(Callback):
         spread:bool=False, # keep the standard deviation over views, in the loader's order, as `spread`
         seed:int=42, # of random views
     ):
-        self.views = train_views() if views is None else [views] if isinstance(views, View) else list(views)
+        self.views = train_views() if views is None else [views] if isinstance(views, BatchView) else list(views)
         if not self.views: raise ValueError("`views` is empty: there is nothing to look at")
         if merge=='rank': raise ValueError("ranks need all rows at once, and here they come in batches: merge predictions with `merge_preds`")
         check_choice(merge, 'merge', mergers), check_choice(on, 'on', ('probs','logits'))
