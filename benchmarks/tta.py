@@ -4,7 +4,7 @@
 
 The views of `TTA` were fixed before any of this was run: the training augmentation, as many draws as fastai takes and four
 times as many, and the mirror image (not for digits). Every figure is on the `valid` folder, which chose nothing."""
-import argparse,json,os,platform,random,statistics,sys,tarfile,tempfile,time
+import argparse,itertools,json,os,platform,random,statistics,sys,tarfile,tempfile,time
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch import nn
 from fastai.vision.all import *
 
 from cfext.preds import *
+from cfext.views import *
 from datetime import date # after the star imports, which bring a `datetime` of their own
 
 sets = dict(
-    cifar10_tiny=dict(cls=PILImage, c=3, n_out=10, epochs=7, aug=lambda: aug_transforms(max_rotate=8, max_zoom=1.15, max_warp=0.1, max_lighting=0.15), flip=True),
+    cifar10_tiny=dict(cls=PILImage, c=3, n_out=10, epochs=5, aug=lambda: aug_transforms(max_rotate=8, max_zoom=1.15, max_warp=0.1, max_lighting=0.15), flip=True),
     mnist_37=dict(cls=PILImageBW, c=1, n_out=2, epochs=1, aug=lambda: aug_transforms(do_flip=False, max_rotate=8, max_zoom=1.15, max_warp=0.1, max_lighting=0.15), flip=False))
 
 def conv(a, b, stride=2): return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
@@ -41,22 +42,24 @@ def interval(xs):
     h = t.ppf(0.975, len(xs)-1)*statistics.stdev(xs)/len(xs)**0.5 if len(xs)>1 else 0.
     return [round(statistics.mean(xs), 4), round(h, 4)]
 
-def accuracies(name, path, seeds):
-    rows = []
-    for seed in seeds:
-        learn = learner(name, path, seed)
-        with learn.no_bar(), learn.no_logging():
-            learn.fit_one_cycle(sets[name]['epochs'], 0.01)
-            p,t = learn.get_preds()
-            r = dict(plain=acc(p, t))
-            torch.manual_seed(seed), random.seed(seed)
-            r['fastai_tta_4'] = acc(*learn.tta(n=4))
-            ours = lambda *a, **kw: acc(*learn.get_preds(cbs=TTA(*a, seed=seed, **kw)))
-            r['train_4'],r['train_16'] = ours(train_views(4)),ours(train_views(16))
-            if sets[name]['flip']: r['flip'] = ours(flip_views())
-        print(name, seed, {k: round(v, 4) for k,v in r.items()}, flush=True)
-        rows.append(r)
-    return dict(seeds=list(seeds), per_seed=rows, mean_and_half_95=dict((k, interval([r[k] for r in rows])) for k in rows[0]),
+def one_seed(name, path, seed):
+    "Train one network and predict in every way"
+    learn = learner(name, path, seed)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(sets[name]['epochs'], 0.01)
+        r = dict(plain=acc(*learn.get_preds()))
+        torch.manual_seed(seed), random.seed(seed)
+        r['fastai_tta_4'] = acc(*learn.tta(n=4))
+        ours = lambda *a, **kw: acc(*learn.get_preds(cbs=TTA(*a, seed=seed, **kw)))
+        r['train_4'],r['train_16'] = ours(train_views(4)),ours(train_views(16))
+        if sets[name]['flip']: r['flip'] = ours(flip_views())
+    print(name, seed, {k: round(v, 4) for k,v in r.items()}, flush=True)
+    return r
+
+def summary(per_seed):
+    "Means with 95% intervals, of accuracy and of its paired difference from fastai's `tta`"
+    rows = list(per_seed.values())
+    return dict(per_seed=per_seed, mean_and_half_95=dict((k, interval([r[k] for r in rows])) for k in rows[0]),
                 less_fastai=dict((k, interval([r[k]-r['fastai_tta_4'] for r in rows])) for k in rows[0]))
 
 def big_jpegs(src, to, n=400, sz=320):
@@ -88,7 +91,7 @@ def times(path, repeats, size=None, views=4):
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
-    ap.add_argument('--out'), ap.add_argument('--seeds', type=int, default=5), ap.add_argument('--repeats', type=int, default=7)
+    ap.add_argument('--out'), ap.add_argument('--seeds', default='0,1,2,3,4'), ap.add_argument('--repeats', type=int, default=7)
     ap.add_argument('--part', default='accuracy,time')
     a = ap.parse_args()
     import psutil,fastai,cfext
@@ -99,7 +102,11 @@ if __name__=='__main__':
         command=f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS','')} python benchmarks/tta.py {' '.join(sys.argv[1:])}")
     with tempfile.TemporaryDirectory() as d:
         paths = {k: unpack(k, f'{d}/{k}') for k in sets}
-        if 'accuracy' in a.part: res['accuracy'] = dict(**here, **{k: accuracies(k, paths[k], range(a.seeds)) for k in sets})
+        for k,seed in itertools.product(sets, a.seeds.split(',')) if 'accuracy' in a.part else (): # seeds already in the file are kept
+            done = res.setdefault('accuracy', {}).setdefault(k, {}).get('per_seed', {})
+            if seed not in done: res['accuracy'][k] = summary({**done, seed: one_seed(k, paths[k], int(seed))})
+            res['accuracy'].update(here)
+            if a.out: Path(a.out).write_text(json.dumps(res, indent=1)+'\n')
         if 'time' in a.part: res['time'] = dict(**here,
             decoding_dominates=times(big_jpegs(paths['cifar10_tiny'], Path(d)/'big'), a.repeats, size=32),
             tiny_pictures=times(paths['cifar10_tiny'], max(3, a.repeats//2)))

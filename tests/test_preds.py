@@ -11,9 +11,11 @@ from torch import nn
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.fp16 import AMPMode,MixedPrecision
 from fastai.vision.all import *
-from fastai.vision.all import PILImage,Resize
+from fastcore.all import *
+from fastcore.imports import noop
 
 from cfext.preds import *
+from cfext.views import *
 for _n in [o for o in globals() if o.startswith('test')]: del globals()[_n] # fastcore's, which pytest would collect
 
 # Mergers
@@ -195,7 +197,7 @@ def test_segmentation_comes_back(merge):
     assert torch.allclose(learn.get_preds(cbs=TTA(product_views(d4_views(), brightness_views((0.5,))), merge))[0], plain, atol=1e-5)
     shrunk = learn.get_preds(cbs=TTA(scale_views((0.5,))))[0]
     assert shrunk.shape==plain.shape
-    for views in (crop_views(), scale_views((1.2,)), [View('mine', lambda x: x.flip(-1))]):
+    for views in (crop_views(), scale_views((1.2,)), [BatchView('mine', lambda x: x.flip(-1))]):
         with pytest.raises(ValueError, match='no way back'): learn.get_preds(cbs=TTA(views))
 
 class Centre(nn.Module):
@@ -213,7 +215,7 @@ def test_points_come_back():
     for out in ('auto','points'):
         assert torch.allclose(learn.get_preds(cbs=TTA(d4_views(), out=out))[0], plain, atol=1e-5)
     assert not torch.allclose(learn.get_preds(cbs=TTA(d4_views(), out='label'))[0], plain, atol=1e-3)
-    with pytest.raises(ValueError, match='no way back for an output that is points'): learn.get_preds(cbs=TTA([View('mine', lambda x: x.flip(-1))]))
+    with pytest.raises(ValueError, match='no way back for an output that is points'): learn.get_preds(cbs=TTA([BatchView('mine', lambda x: x.flip(-1))]))
 
 def test_mixed_precision():
     class CPUMixed(MixedPrecision):
@@ -343,11 +345,11 @@ def test_interrupted(ex):
         if len(n)==3: raise ex('stop')
         return x
     state = torch.random.get_rng_state()
-    with pytest.raises(ex): learn.get_preds(cbs=TTA(product_views(dropout_views(1), [View('stop', stop)])))
+    with pytest.raises(ex): learn.get_preds(cbs=TTA(product_views(dropout_views(1), [BatchView('stop', stop)])))
     modes = [m.training for m in learn.model.modules()]
     assert list(learn.cbs)==cbs and not any(modes) and torch.equal(learn.get_preds()[0], plain)
     n.clear()
-    with pytest.raises(ex), tta_ctx(learn, [View('stop', stop)]): learn.validate()
+    with pytest.raises(ex), tta_ctx(learn, [BatchView('stop', stop)]): learn.validate()
     assert list(learn.cbs)==cbs
 
 def test_bad_arguments():
@@ -356,9 +358,9 @@ def test_bad_arguments():
                      (dict(views=flip_views(), merge='max', weights=[1,2]),'no use for'), (dict(seed=-1),'at least 0')]:
         with pytest.raises(ValueError, match=match): TTA(**kw)
     learn = images()
-    with pytest.raises(ValueError, match='keeps the size'): learn.get_preds(cbs=TTA([View('half', lambda x: x[...,::2])]))
-    with pytest.raises(ValueError, match='keeps the size'): images(sz=8, model=nn.Sequential(nn.Flatten(), nn.LazyLinear(3))).get_preds(cbs=TTA([View('wide', lambda x: x[...,:4])]))
-    with pytest.raises(ValueError, match="NaN in view 'bad' of batch 0"): learn.get_preds(cbs=TTA([*flip_views(), View('bad', lambda x: x*float('nan'))]))
-    with pytest.raises(ValueError, match="NaN in view"): learn.get_preds(cbs=TTA([View('bad', lambda x: x*float('nan'))]))
+    with pytest.raises(ValueError, match='keeps the size'): learn.get_preds(cbs=TTA([BatchView('half', lambda x: x[...,::2])]))
+    with pytest.raises(ValueError, match='keeps the size'): images(sz=8, model=nn.Sequential(nn.Flatten(), nn.LazyLinear(3))).get_preds(cbs=TTA([BatchView('wide', lambda x: x[...,:4])]))
+    with pytest.raises(ValueError, match="NaN in view 'bad' of batch 0"): learn.get_preds(cbs=TTA([*flip_views(), BatchView('bad', lambda x: x*float('nan'))]))
+    with pytest.raises(ValueError, match="NaN in view"): learn.get_preds(cbs=TTA([BatchView('bad', lambda x: x*float('nan'))]))
     with pytest.raises(ValueError, match='random batch transforms'): learn.get_preds(cbs=TTA())
     assert learn.get_preds()[0].shape==(11,3)
