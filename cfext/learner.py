@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
-# %% ../nbs/06_learner.ipynb #ed6d8ead
+# %% ../nbs/06_learner.ipynb #c770733b
 import inspect,warnings
 from contextlib import nullcontext
 
@@ -18,6 +18,8 @@ from fastai.tabular.all import *
 from .core import *
 from .data import *
 from .models import *
+from .losses import *
+from .negatives import *
 from .loop import *
 
 # %% ../nbs/06_learner.ipynb #ba6b51ba
@@ -138,14 +140,14 @@ def _check_model(dls, model):
     if not isinstance(res, Tensor) or res.numel()!=3:
         raise ValueError(f"`model` gives {tuple(getattr(res, 'shape', ())) or type(res).__name__} for 3 rows; expected (3,1), a number a row")
 
-# %% ../nbs/06_learner.ipynb #e76e16f6
+# %% ../nbs/06_learner.ipynb #a7f7bd03
 @delegates(Learner.__init__)
 def cf_learner(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`, whose rows are taken over
     model='dot', # 'dot' (`DotProductBias`), 'nn' (`CollabNN` with batch normalisation), a class of modules, or a module that takes codes (bs,2)
     n_factors:int=50, # width of the factors of a dot product
     y_range:tuple|None=None, # (low, high) of the predictions, a little beyond the ratings; None: not bounded
-    loss_func=None, # loss of predictions and targets, both (bs,1); None: mean squared error
+    loss_func=None, # loss of predictions and targets, both (bs,1), or a `RankingLoss`, which brings `Negatives`; None: mean squared error
     *,
     emb_szs=None, # for 'nn': {column: width} or ((n_users,width), (n_items,width)); None: fastai's rule
     config:dict|None=None, # further arguments of the model's class; not changed
@@ -165,4 +167,5 @@ def cf_learner(
     learn.fast = fast
     if unk_p: learn.add_cb(IdDropout(unk_p))
     if dls.train_ds.w is not None: learn.add_cb(RowWeights())
+    if isinstance(loss_func, RankingLoss) and not any(isinstance(cb, Negatives) for cb in learn.cbs): learn.add_cb(Negatives())
     return learn
