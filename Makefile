@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?=
 OUT    ?= demo
+JOBS   ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test export readme outputs clean
@@ -27,8 +28,8 @@ demo: setup ## train, evaluate and ask a recommender: DATA=a ratings file or fol
 	$(BIN)/cfext similar $(OUT)
 
 test: setup ## run every notebook, then tests/
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n_workers 2 --timing
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers $(JOBS) --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations 10 tests
 
 export: setup ## notebooks -> modules
 	$(BIN)/nbdev-export
