@@ -104,7 +104,7 @@ if __name__=='__main__':
         paths = {k: unpack(k, f'{d}/{k}') for k in sets}
         for k,seed in itertools.product(sets, a.seeds.split(',')) if 'accuracy' in a.part else (): # seeds already in the file are kept
             done = res.setdefault('accuracy', {}).setdefault(k, {}).get('per_seed', {})
-            if seed not in done: res['accuracy'][k] = summary({**done, seed: one_seed(k, paths[k], int(seed))})
+            res['accuracy'][k] = summary({**done, seed: done.get(seed) or one_seed(k, paths[k], int(seed))})
             res['accuracy'].update(here)
             if a.out: Path(a.out).write_text(json.dumps(res, indent=1)+'\n')
         if 'time' in a.part: res['time'] = dict(**here,
