@@ -176,7 +176,7 @@ def _out_kind(loss_func):
 def _to_probs(p, kind, axis): return p.softmax(axis) if kind=='softmax' else p.sigmoid() if kind=='sigmoid' else p
 def _to_raw(p, kind): return _log(p) if kind=='softmax' else _logit(p) if kind=='sigmoid' else p
 
-# %% ../nbs/08_preds.ipynb #daedfc48
+# %% ../nbs/08_preds.ipynb #6f074f39
 class TTA(Callback):
     "Let a learner predict from several views of each batch: `get_preds`, `validate`, `predict` and metrics are those of all views"
     order,run_train = 8,False # before `CastToTensor` and mixed precision, so that it sees types and works on full outputs
@@ -204,7 +204,9 @@ class TTA(Callback):
         self.keep_spread,self.spread,self.seed = spread,None,check_pos(seed, 'seed', 0)
 
     @property
-    def name(self): return 'tta_views' # `learn.tta` is fastai's own
+    def name(self):
+        "The attribute of the learner that the callback goes by; `learn.tta` is fastai's own"
+        return 'tta_views'
 
 # %% ../nbs/08_preds.ipynb #dcc3e659
 def _train_tfms(dls):
