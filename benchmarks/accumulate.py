@@ -1,6 +1,6 @@
 """Gradient accumulation: time a row and peak memory, beside plain training and fastai's own accumulation.
 
-    OMP_NUM_THREADS=2 python benchmarks/accumulate.py --out benchmarks/accumulate.json
+    OMP_NUM_THREADS=1 python benchmarks/accumulate.py --out benchmarks/accumulate.json
 
 Time is that of the batch loop alone, runs interleaved, as the median of paired ratios. Memory is measured twice, since a CPU
 has no allocator that keeps a peak: bytes of the tensors that autograd saved for the backward pass at the worst moment

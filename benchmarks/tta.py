@@ -62,7 +62,7 @@ def summary(per_seed):
     return dict(per_seed=per_seed, mean_and_half_95=dict((k, interval([r[k] for r in rows])) for k in rows[0]),
                 less_fastai=dict((k, interval([r[k]-r['fastai_tta_4'] for r in rows])) for k in rows[0]))
 
-def big_jpegs(src, to, n=400, sz=320):
+def big_jpegs(src, to, n=400, sz=480):
     "The sample's pictures enlarged to a photograph's size, as one meets them on disk, so that decoding dominates"
     for split,k in (('train',20),('valid',n)):
         for i,p in enumerate(sorted(get_image_files(src/split))[::max(1, len(get_image_files(src/split))//k)][:k]):
@@ -75,7 +75,7 @@ def times(path, repeats, size=None, views=4):
     learn = learner('cifar10_tiny', path, 0, size=size)
     runs = dict(plain=lambda: learn.get_preds(), fastai_tta_4=lambda: learn.tta(n=views),
         flip_x_scale_4=lambda: learn.get_preds(cbs=TTA(product_views(flip_views(), scale_views((1.,1.1))))),
-        d4_half_4=lambda: learn.get_preds(cbs=TTA(flip_views(ud=True))),
+        flips_4=lambda: learn.get_preds(cbs=TTA(flip_views(ud=True))),
         train_4=lambda: learn.get_preds(cbs=TTA(train_views(views))))
     ts = {k: [] for k in runs}
     with learn.no_bar(), learn.no_logging():
@@ -104,7 +104,7 @@ if __name__=='__main__':
         paths = {k: unpack(k, f'{d}/{k}') for k in sets}
         for k,seed in itertools.product(sets, a.seeds.split(',')) if 'accuracy' in a.part else (): # seeds already in the file are kept
             done = res.setdefault('accuracy', {}).setdefault(k, {}).get('per_seed', {})
-            if seed not in done: res['accuracy'][k] = summary({**done, seed: one_seed(k, paths[k], int(seed))})
+            res['accuracy'][k] = summary({**done, seed: done.get(seed) or one_seed(k, paths[k], int(seed))})
             res['accuracy'].update(here)
             if a.out: Path(a.out).write_text(json.dumps(res, indent=1)+'\n')
         if 'time' in a.part: res['time'] = dict(**here,

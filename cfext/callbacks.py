@@ -81,7 +81,7 @@ def window_ends(
         if res[-1]: seen = 0
     return res
 
-# %% ../nbs/07_callbacks.ipynb #a345877c
+# %% ../nbs/07_callbacks.ipynb #e44668d5
 def _same(n, m): return isinstance(n, float) and n==m
 
 class _Window:
@@ -94,13 +94,15 @@ class _Window:
         self.pct = self.step_pct = None # progress by batches, kept while schedules see progress by steps
         self.ctx = ExitStack() # `no_sync`
 
-    def total(self): return 1. if None in self.counts else sum(self.counts)
+    def total(self):
+        "What the window's loss is averaged over"
+        return 1. if None in self.counts else sum(self.counts)
     def mean_loss(self):
         "The loss of all that the window holds, without making the host wait for a device"
         t = self.total()
         return self.loss/(t.clamp_min(1e-12) if isinstance(t, Tensor) else t or 1.)
 
-# %% ../nbs/07_callbacks.ipynb #8816de6b
+# %% ../nbs/07_callbacks.ipynb #25573f18
 class GradientAccumulator(Callback):
     "Add up the gradients of several batches and step once on the gradient of the mean over all they held"
     order,run_valid = MixedPrecision.order-4,False
@@ -120,9 +122,14 @@ class GradientAccumulator(Callback):
         self.losses,self.rows,self._window,self._steps = [],[],_Window(),0
 
     @property
-    def learn(self): return self._learner
+    def learn(self):
+        "The learner this callback is on"
+        return self._learner
     @learn.setter
-    def learn(self, v):
+    def learn(self,
+        v, # a learner, or `None` when the callback is taken off
+    ):
+        "Set the learner; a window that was begun on the old one is forgotten"
         if v is None and self._learner is not None: self._discard()
         self._learner = v
 

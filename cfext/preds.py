@@ -28,7 +28,7 @@ from fastcore.meta import *
 from .core import *
 from .views import *
 
-# %% ../nbs/08_preds.ipynb #3ec410c1
+# %% ../nbs/08_preds.ipynb #64c99644
 _kinds = ('plain','softmax','sigmoid')
 def _log(p): return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 def _logit(p): return torch.logit(p, eps=torch.finfo(p.dtype).eps)
@@ -44,57 +44,56 @@ class Merger:
         if not temp>0: raise ValueError(f"`temp`={temp!r} should be above 0")
         self.acc,self.w = None,0.
 
-    def into(self, p): return p
-    def back(self, m): return m
+    def _into(self, p): return p
+    def _back(self, m): return m
     def _norm(self, p): return p/p.sum(self.axis, keepdim=True) if self.kind=='softmax' else p
+    def _take(self, p, w):
+        p = self._into(p)*w
+        self.acc,self.w = p if self.acc is None else self.acc+p,self.w+w
+    def _give(self): return self._back(self.acc/self.w)
 
     def add(self,
         p:Tensor, # predictions of one view or model, as they are
         w:float=1., # their weight
     ):
         "Take in one more prediction"
-        p = self.into(p)*w
-        self.acc,self.w = p if self.acc is None else self.acc+p,self.w+w
+        self._take(p, w)
         return self
 
     def result(self)->Tensor: # of the shape that was added
         "Return what was added so far, merged"
-        return self.back(self.acc/self.w)
+        return self._give()
 
-# %% ../nbs/08_preds.ipynb #f784e488
+# %% ../nbs/08_preds.ipynb #d0f3cafa
 class GeoMerger(Merger):
     "Geometric mean; of distributions and probabilities made one again"
-    def into(self, p):
+    def _into(self, p):
         if self.kind=='plain' and (p<0).any(): raise ValueError("the geometric mean is for numbers that are not negative")
         return _logit(p) if self.kind=='sigmoid' else _log(p)
-    def back(self, m): return m.sigmoid() if self.kind=='sigmoid' else m.softmax(self.axis) if self.kind=='softmax' else m.exp()
+    def _back(self, m): return m.sigmoid() if self.kind=='sigmoid' else m.softmax(self.axis) if self.kind=='softmax' else m.exp()
 
 class SharpMerger(Merger):
     "Mean of probabilities that are each sharpened first"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.kind=='plain': raise ValueError("only probabilities can be sharpened: pass `kind`='softmax' or 'sigmoid'")
-    def into(self, p): return (_logit(p)/self.temp).sigmoid() if self.kind=='sigmoid' else (_log(p)/self.temp).softmax(self.axis)
+    def _into(self, p): return (_logit(p)/self.temp).sigmoid() if self.kind=='sigmoid' else (_log(p)/self.temp).softmax(self.axis)
 
 class RankMerger(Merger):
     "Mean of each row's rank among all rows, ties sharing theirs, from 0 to 1"
-    def into(self, p):
+    def _into(self, p):
         from scipy.stats import rankdata
         return torch.as_tensor(rankdata(p.detach().cpu().numpy(), axis=0)/len(p), dtype=p.dtype, device=p.device)
 
 class MaxMerger(Merger):
     "Maximum, made a distribution again where `kind` is 'softmax'"
-    def add(self, p, w=1.):
-        self.acc = p if self.acc is None else torch.maximum(self.acc, p)
-        return self
-    def result(self): return self._norm(self.acc)
+    def _take(self, p, w): self.acc = p if self.acc is None else torch.maximum(self.acc, p)
+    def _give(self): return self._norm(self.acc)
 
 class MedianMerger(Merger):
     "Median; the one that must keep all it is given"
-    def add(self, p, w=1.):
-        self.acc = (self.acc or []) + [p]
-        return self
-    def result(self):
+    def _take(self, p, w): self.acc = (self.acc or []) + [p]
+    def _give(self):
         s,n = torch.stack(self.acc).sort(0)[0],len(self.acc)
         return self._norm((s[(n-1)//2]+s[n//2])/2)
 
@@ -177,7 +176,7 @@ def _out_kind(loss_func):
 def _to_probs(p, kind, axis): return p.softmax(axis) if kind=='softmax' else p.sigmoid() if kind=='sigmoid' else p
 def _to_raw(p, kind): return _log(p) if kind=='softmax' else _logit(p) if kind=='sigmoid' else p
 
-# %% ../nbs/08_preds.ipynb #daedfc48
+# %% ../nbs/08_preds.ipynb #6f074f39
 class TTA(Callback):
     "Let a learner predict from several views of each batch: `get_preds`, `validate`, `predict` and metrics are those of all views"
     order,run_train = 8,False # before `CastToTensor` and mixed precision, so that it sees types and works on full outputs
@@ -205,7 +204,9 @@ class TTA(Callback):
         self.keep_spread,self.spread,self.seed = spread,None,check_pos(seed, 'seed', 0)
 
     @property
-    def name(self): return 'tta_views' # `learn.tta` is fastai's own
+    def name(self):
+        "The attribute of the learner that the callback goes by; `learn.tta` is fastai's own"
+        return 'tta_views'
 
 # %% ../nbs/08_preds.ipynb #dcc3e659
 def _train_tfms(dls):

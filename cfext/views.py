@@ -21,7 +21,7 @@ from fastcore.imports import noop
 
 from .core import *
 
-# %% ../nbs/07a_views.ipynb #5b2e17d4
+# %% ../nbs/07a_views.ipynb #78d536d8
 class BatchView:
     "One way of looking at a batch, and the way back; `a*b` is `a`, then `b`"
     def __init__(self,
@@ -46,7 +46,9 @@ class BatchView:
         res.parts = self.parts+o.parts
         return res
     @property
-    def plain(self): return all(o.f is None and o.ctx is None and not o.train for o in self.parts)
+    def plain(self):
+        "Whether this is the plain view"
+        return all(o.f is None and o.ctx is None and not o.train for o in self.parts)
 
     def undo(self,
         p:Tensor, # output of the model for this view
@@ -59,17 +61,17 @@ class BatchView:
             p = g(p.reshape(*p.shape[:1], -1, 2)).reshape(p.shape) if out=='points' else g(p)
         return p
 
-# %% ../nbs/07a_views.ipynb #e168ec4c
+# %% ../nbs/07a_views.ipynb #34cc73f1
 def _flip(name, *axes): # 0 is x, 1 is y, as in points; the axes of an image count from the end
     f = lambda x: x.flip([-1-a for a in axes])
     sign = [-1. if a in axes else 1. for a in (0,1)]
     return BatchView(name, f, f, lambda p: p*p.new_tensor(sign))
 
 def _turn(k):
-    def pts(p):
+    def _pts(p):
         for _ in range(k): p = torch.stack([-p[...,1], p[...,0]], -1)
         return p
-    return BatchView(f'turn{90*k}', lambda x: x.rot90(k, (-2,-1)), lambda x: x.rot90(-k, (-2,-1)), pts)
+    return BatchView(f'turn{90*k}', lambda x: x.rot90(k, (-2,-1)), lambda x: x.rot90(-k, (-2,-1)), _pts)
 
 def identity_views()->list:
     "Return the plain view alone"
