@@ -12,6 +12,7 @@ def _text(o): return o if isinstance(o, str) else ''.join(o)
 def _output(o):
     "Markdown of one output of a cell"
     data = o.get('data', {})
+    if any(o in _text(v) for v in data.values() for o in ('fastprogress','<style>\n    progress')): return ''
     if 'text/markdown' in data: return _text(data['text/markdown'])
     text = re.sub(r'\x1b\[[0-9;]*m', '', _text(data.get('text/plain', o.get('text', '')))).rstrip()
     return f'```\n{text}\n```' if text and not text.startswith('<') else ''

@@ -4,6 +4,7 @@ import math
 import numpy as np,pandas as pd,pytest,torch
 from fastai.callback.training import GradientClip
 from fastai.callback.tracker import SaveModelCallback
+from fastai.learner import Learner
 from cfext import *
 from cfext.losses import *
 from cfext.negatives import *
@@ -217,7 +218,8 @@ def test_valid_loss_is_the_same_twice_and_network_models_train():
 
 def test_errors():
     dls = dls_of()
-    with pytest.raises(ValueError, match='cbs=Negatives'): cf_learner(dls, loss_func=BPRLoss()).validate()
+    with pytest.raises(ValueError, match='cbs=Negatives'): Learner(dls, DotProduct(dls.n_users, dls.n_items, 4), loss_func=BPRLoss()).validate()
+    assert [cb for cb in cf_learner(dls, loss_func=BPRLoss()).cbs if isinstance(cb, Negatives)]
     with pytest.raises(ValueError, match='hard negatives have none'):
         cf_learner(dls, loss_func=SampledSoftmaxLoss(), cbs=Negatives(2, 'hard')).validate()
     with pytest.raises(ValueError, match='`n_neg`=0'): NegativeSampler(dls.train_ds, 0)
