@@ -35,7 +35,7 @@ export: setup ## notebooks -> modules
 	$(BIN)/nbdev-clean
 
 readme: setup ## nbs/index.ipynb -> README.md
-	$(BIN)/python nbs/readme.py
+	$(BIN)/python docs/readme.py
 
 outputs: setup ## run the notebooks and keep their outputs
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/*.ipynb nbs/tutorials/*.ipynb

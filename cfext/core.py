@@ -116,7 +116,7 @@ def import_extra(
     except ImportError as e:
         raise ImportError(f"this needs `{module.split('.')[0]}`: pip install 'cfext[{extra}]'") from e
 
-# %% ../nbs/00_core.ipynb #1b8786b9
+# %% ../nbs/00_core.ipynb #852b474a
 @contextmanager
 def whole_file(
     path:str|Path, # where the file should end up; missing folders are made
@@ -128,6 +128,7 @@ def whole_file(
     os.close(fd)
     try:
         yield Path(tmp)
+        with open(tmp, 'rb') as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask)
         os.replace(tmp, path)
     finally: Path(tmp).unlink(missing_ok=True)

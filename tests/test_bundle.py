@@ -1,0 +1,118 @@
+"Bundles: the same predictions, whole or not at all, no code from the file"
+import json,os,pickle,subprocess,sys
+from pathlib import Path
+
+import numpy as np,pandas as pd,pytest,torch
+from torch import nn
+from cfext import *
+from cfext import bundle as B
+from conftest import root
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+def make(model='dot', df=None, **kw):
+    df = synth_ratings(60, 40, 1000) if df is None else df
+    learn = cf_learner(CFDataLoaders.from_df(df, **{'item_name':'title', 'seed':3, 'device':'cpu', 'bs':32, **kw}), model, n_factors=4, y_range=(0.5,5.5), seed=0)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+    return learn
+
+@pytest.mark.parametrize('model', ['dot','nn',DotProduct,EmbeddingNet])
+def test_reloaded_is_before_saving(model, tmp_path):
+    learn = make(model)
+    learn.save_bundle(tmp_path/'b')
+    again = load_bundle(tmp_path/'b', device='cpu')
+    df = synth_ratings(60, 40, 1000)
+    assert torch.equal(again.predict(df, unk='na')[2], learn.predict(df, unk='na')[2])
+    pd.testing.assert_frame_equal(again.recommend(k=5), learn.recommend(k=5))
+    pd.testing.assert_frame_equal(again.evaluate(k=5), learn.evaluate(k=5))
+    again.save_bundle(tmp_path/'c')
+    assert {o.name for o in (tmp_path/'b').iterdir()}=={o.name for o in (tmp_path/'c').iterdir()}, 'saving again writes the same bytes'
+
+@pytest.mark.parametrize('f', [lambda s: s, lambda s: s.map('ü{}'.format), lambda s: s.astype('category'), lambda s: s.astype('Int64'),
+    lambda s: s.map('u{}'.format).astype('string[pyarrow]'), lambda s: s/2, lambda s: s.map(lambda o: o if o%2 else str(o)).astype(object)])
+def test_ids_of_any_kind(f, tmp_path):
+    df = synth_ratings(60, 40, 1000)
+    df = df.assign(user=f(df.user))
+    learn = make(df=df)
+    learn.save_bundle(tmp_path)
+    again = load_bundle(tmp_path, device='cpu')
+    assert torch.equal(again.predict(df, unk='na')[2], learn.predict(df, unk='na')[2])
+
+def test_trains_on_after_loading(tmp_path):
+    learn = make()
+    learn.save_bundle(tmp_path)
+    again = load_bundle(tmp_path, device='cpu')
+    with again.no_bar(),again.no_logging(): again.fit_one_cycle(3, 0.03)
+    assert again.recorder.values[-1][1]<learn.validate()[0]
+
+def test_a_model_of_ones_own(tmp_path):
+    class Mine(nn.Module):
+        def __init__(self): super().__init__(); self.i = nn.Parameter(torch.randn(41,1))
+        def forward(self, x): return self.i[x[:,1]]
+    learn = make(Mine())
+    learn.save_bundle(tmp_path)
+    with pytest.raises(BundleError, match="model is Mine, which is not one of cfext's"): load_bundle(tmp_path)
+    m = Mine()
+    df = synth_ratings(60, 40, 1000)
+    assert torch.equal(load_bundle(tmp_path, model=m, device='cpu').predict(df, unk='na')[2], learn.predict(df, unk='na')[2])
+    with pytest.raises(BundleError, match='do not fit Linear'): load_bundle(tmp_path, model=nn.Linear(2,1))
+
+def test_crash_while_saving_leaves_the_old_bundle(tmp_path, monkeypatch):
+    learn = make()
+    learn.save_bundle(tmp_path)
+    df = synth_ratings(60, 40, 1000)
+    before = load_bundle(tmp_path, device='cpu').predict(df, unk='na')[2]
+    with torch.no_grad(): learn.model.item_bias.add_(1)
+    real = os.replace
+    def fail(n):
+        calls = []
+        def _inner(a, b):
+            calls.append(b)
+            if len(calls)==n: raise OSError('disk full')
+            return real(a, b)
+        return _inner
+    for n in (1,2,3):
+        monkeypatch.setattr(os, 'replace', fail(n))
+        with pytest.raises(OSError, match='disk full'): learn.save_bundle(tmp_path)
+        monkeypatch.setattr(os, 'replace', real)
+        assert torch.equal(load_bundle(tmp_path, device='cpu').predict(df, unk='na')[2], before)
+        assert not [o for o in tmp_path.iterdir() if o.name.startswith(('.','tmp'))], 'no half-written file is left'
+    learn.save_bundle(tmp_path)
+    assert not torch.equal(load_bundle(tmp_path, device='cpu').predict(df, unk='na')[2], before) and len(list(tmp_path.iterdir()))==3
+
+def test_spoiled_bundles(tmp_path):
+    learn = make()
+    def spoil(stem, text):
+        learn.save_bundle(tmp_path/'b')
+        f = next(o for o in (tmp_path/'b').iterdir() if o.name.startswith(stem))
+        f.unlink() if text is None else f.write_text(text) if isinstance(text, str) else f.write_bytes(f.read_bytes()[:text])
+    for stem,text,msg in (('bundle', None, 'holds no bundle'), ('bundle', 40, 'not readable as JSON'), ('bundle', '[]', 'is not the manifest'),
+                          ('bundle', '{"kind":"cfext bundle","format":2}', 'has format 2.*upgrade cfext'), ('ids', 50, 'checksum differs'),
+                          ('tensors', 999, 'checksum differs'), ('tensors', None, 'is missing')):
+        spoil(stem, text)
+        with pytest.raises(BundleError, match=msg): load_bundle(tmp_path/'b')
+    with pytest.raises(BundleError, match='holds no bundle'): load_bundle(tmp_path/'nowhere')
+    (tmp_path/'f').write_text('x')
+    with pytest.raises(BundleError, match='is a file'): learn.save_bundle(tmp_path/'f')
+
+def test_a_name_in_the_manifest_cannot_leave_the_folder(tmp_path):
+    make().save_bundle(tmp_path/'b')
+    f = tmp_path/'b'/'bundle.json'
+    d = json.loads(f.read_text())
+    (tmp_path/'secret.json').write_text('{}')
+    d['files']['ids'] = dict(name='../secret.json', sha256=d['files']['ids']['sha256'])
+    f.write_text(json.dumps(d))
+    with pytest.raises(BundleError, match='is missing'): load_bundle(tmp_path/'b')
+
+def test_no_pickle_anywhere():
+    for p in (root/'cfext').glob('*.py'):
+        assert 'pickle' not in p.read_text() and 'torch.load(' not in p.read_text().replace('torch.load(f, weights_only=True)', ''), p.name
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_same_predictions_on_another_device(tmp_path):
+    learn = make()
+    learn.save_bundle(tmp_path)
+    df = synth_ratings(60, 40, 1000)
+    there = load_bundle(tmp_path, device='cuda').predict(df, unk='na')[2]
+    torch.testing.assert_close(there.cpu(), learn.predict(df, unk='na')[2], rtol=1e-5, atol=1e-5)

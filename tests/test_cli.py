@@ -1,0 +1,58 @@
+"The command line, in a process of its own and in this one"
+import json,subprocess,sys
+from pathlib import Path
+
+import pandas as pd,pytest
+from cfext import synth_ratings
+from cfext.cli import main
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+@pytest.fixture(scope='module')
+def fitted(tmp_path_factory):
+    d = tmp_path_factory.mktemp('cli')
+    synth_ratings(80, 60, 2000).to_csv(d/'r.csv', index=False)
+    assert main(['fit', str(d/'r.csv'), '--out', str(d/'out'), '--epochs', '2', '--n-factors', '6', '-k', '4', '--splitter', 'last'])==0
+    return d
+
+def test_fit_writes_everything(fitted):
+    names = {o.name.split('-')[0] for o in (fitted/'out').iterdir()}
+    assert names=={'bundle.json','tensors','ids','metrics.json','losses.png','item_map.png','recommendations.csv'}
+    m = json.loads((fitted/'out'/'metrics.json').read_text())
+    assert len(m['epochs'])==2 and m['rows']['valid']==80 and m['settings']['splitter']=='last'
+    assert set(m['report'])=={'DotProductBias','mean rating','user mean','item mean','user and item means','popularity'}
+    r = pd.read_csv(fitted/'out'/'recommendations.csv')
+    assert r.groupby('user').size().eq(4).all() and r.user.nunique()==80
+
+def test_ask(fitted, capsys):
+    out = str(fitted/'out')
+    assert main(['evaluate', out, '-k', '4'])==0
+    assert 'recall@4' in capsys.readouterr().out
+    assert main(['recommend', out, '--user', '7', '-k', '3'])==0
+    assert len(capsys.readouterr().out.splitlines())==4
+    assert main(['recommend', out])==0 and main(['similar', out])==0
+    capsys.readouterr()
+    title = pd.read_csv(fitted/'r.csv').title[0]
+    assert main(['similar', out, '--item', title, '-k', '3'])==0
+    assert len(capsys.readouterr().out.splitlines())==4
+
+@pytest.mark.parametrize('args,msg', [(['recommend','OUT','--user','nobody'], 'whole numbers'), (['recommend','OUT','--user','100000'], 'not seen in training'),
+    (['similar','OUT','--item','Nowhere'], "'Nowhere'"), (['evaluate','/nowhere'], 'holds no bundle'), (['fit','/nowhere.csv'], 'neither a file nor a folder'),
+    (['fit','CSV','--user-name','usr'], "`user_name`='usr' is not a column"), (['fit','CSV','--splitter','odd'], "`splitter`='odd'"),
+    (['fit','CSV','--out','CSV'], 'is a file'), (['recommend','OUT','-k','0'], '`k`=0')])
+def test_mistakes_end_in_one_line(fitted, capsys, args, msg):
+    args = [a.replace('OUT', str(fitted/'out')).replace('CSV', str(fitted/'r.csv')) for a in args]
+    before = {p: p.stat().st_mtime_ns for p in fitted.rglob('*')}
+    assert main(args)==2
+    err = capsys.readouterr().err
+    assert msg in err and 'Traceback' not in err
+    assert {p: p.stat().st_mtime_ns for p in fitted.rglob('*')}==before, 'nothing is written'
+
+def test_help(capsys):
+    assert main([])==0 and 'cfext COMMAND' in capsys.readouterr().out
+    assert main(['fly'])==2
+
+def test_as_a_command(fitted):
+    exe = Path(sys.executable).parent/'cfext'
+    r = subprocess.run([exe, 'recommend', str(fitted/'out'), '--user', '7', '-k', '2'], capture_output=True, text=True)
+    assert r.returncode==0 and len(r.stdout.splitlines())==3, r.stderr

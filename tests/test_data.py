@@ -1,0 +1,219 @@
+"Frames to loaders: any dtype of id, every row once, unknown ids by policy, the caller's frame unchanged"
+import warnings
+
+import numpy as np,pandas as pd,pytest,torch
+from fastai.collab import CollabDataLoaders
+from fastai.tabular.all import RandomSplitter,ColSplitter,IndexSplitter
+from cfext import *
+from cfext.data import _encode_train
+
+pytestmark = pytest.mark.usefixtures('quiet')
+dtypes = dict(int64=lambda s: s, int32=lambda s: s.astype('int32'), uint8=lambda s: s.astype('uint8'), nullable=lambda s: s.astype('Int64'),
+              arrow_int=lambda s: s.astype('int64[pyarrow]'), float=lambda s: s.astype(float), big=lambda s: s+10**15, negative=lambda s: s-50,
+              str=lambda s: s.map('u{:03}'.format), string=lambda s: s.map('u{:03}'.format).astype('string'),
+              arrow_str=lambda s: s.map('u{:03}'.format).astype('string[pyarrow]'), object=lambda s: s.map('u{:03}'.format).astype(object),
+              category=lambda s: s.astype('category'), category_str=lambda s: s.map('u{:03}'.format).astype('category'),
+              datetime=lambda s: pd.to_datetime('2001-01-01')+pd.to_timedelta(s, unit='D'), unsorted_big=lambda s: (s*7919*10**10)%(10**13),
+              mixed=lambda s: s.map(lambda o: o if o%2 else str(o)).astype(object))
+
+@pytest.fixture(scope='module')
+def df(): return synth_ratings(60, 40, 900)[['user','item','title','rating','timestamp']]
+
+def loaders(df, **kw): return CFDataLoaders.from_df(df, **{'seed':3, 'device':'cpu', 'bs':7, **kw})
+
+def rows_of(ds):
+    f = ds.frame((ds.x, ds.y))
+    return sorted(zip(*(f[c].astype(str) for c in f)))
+
+@pytest.mark.parametrize('name', dtypes)
+def test_ids_of_any_dtype_come_back(df, name):
+    d = df.assign(user=dtypes[name](df.user))
+    copy = d.copy(deep=True)
+    dls = loaders(d)
+    pd.testing.assert_frame_equal(d, copy)
+    mask = np.zeros(len(d), bool)
+    mask[RandomSplitter(0.2, seed=3)(d)[1]] = True
+    f = dls.train_ds.frame((dls.train_ds.x, dls.train_ds.y))
+    assert f.user.tolist() == d.user[~mask].tolist() and f.item.tolist() == d.item[~mask].tolist()
+    assert np.array_equal(f.rating, d.rating[~mask].astype('float32'))
+    codes = dls.classes['user'].encode(d.user[~mask])
+    assert codes.dtype==np.int32 and (codes==dls.train_ds.x[:,0].numpy()).all() and codes.min()==1
+
+def test_categories_are_read_by_value_not_by_code(df):
+    dls = loaders(df.assign(user=df.user.astype('category')))
+    few = df[df.user.isin([5,9,30])]
+    new = few.assign(user=pd.Categorical(few.user, categories=[30,9,5]))
+    old = dls.test_dl(few).dataset.x
+    assert torch.equal(dls.test_dl(new).dataset.x, old)
+
+def test_unused_categories_get_no_code(df):
+    d = df.assign(user=pd.Categorical(df.user, categories=[*range(100,60,-1), *range(60,0,-1)]))
+    dls = loaders(d, valid_pct=0)
+    assert list(dls.classes['user']) == ['#na#', *range(60,0,-1)]
+
+def test_same_validation_rows_as_fastai(df):
+    for seed in (0,42):
+        theirs = CollabDataLoaders.from_df(df, item_name='title', rating_name='rating', seed=seed, device='cpu')
+        ours = loaders(df, item_name='title', seed=seed)
+        v = df.loc[theirs.valid_ds.items.index]
+        f = ours.valid_ds.frame((ours.valid_ds.x, ours.valid_ds.y))
+        known = (f.user!='#na#')&(f.title!='#na#')
+        ref = sorted(zip(v.user.astype(str), v.title, v.rating))
+        got = sorted(zip(f.user[known].astype(str), f.title[known], f.rating[known]))
+        assert len(f)==len(ref) and set(got)<=set(ref)
+
+@pytest.mark.parametrize('bs,n', [(7,701),(64,701),(1,50),(100,701),(1000,701)])
+def test_every_row_once_an_epoch(df, bs, n):
+    dls = loaders(df[:n], valid_pct=0, bs=bs)
+    ref = rows_of(dls.train_ds)
+    for _ in range(2):
+        bx,by = zip(*dls.train)
+        x,y = torch.cat(bx),torch.cat(by)
+        assert len(x)==n and len(bx)==len(dls.train)
+        f = dls.train_ds.frame((x,y))
+        assert sorted(zip(*(f[c].astype(str) for c in f))) == ref
+        assert all(b.dtype==torch.int64 and b.shape[1]==2 for b in bx) and all(b.shape[1]==1 and b.dtype==torch.float32 for b in by)
+
+def test_blocks_change_nothing(df):
+    dls = loaders(df)
+    a = [b[0].clone() for b in dls.train.new(seed=5)]
+    small = dls.train.new(seed=5)
+    small.block = 21
+    b = [b[0].clone() for b in small]
+    assert len(a)==len(b) and all(torch.equal(p,q) for p,q in zip(a,b))
+
+def test_last_batch(df):
+    dls = loaders(df[:101], valid_pct=0, bs=20)
+    assert [len(b[0]) for b in dls.train] == [20,20,20,20,21]
+    assert [len(b[0]) for b in dls.train.new(shuffle=False)] == [20]*5+[1]
+    assert [len(b[0]) for b in dls.train.new(drop_last=True)] == [20]*5
+
+def test_order_follows_the_seed(df):
+    def order(seed, noise=0):
+        dls = loaders(df, seed=seed)
+        torch.rand(noise)
+        return [torch.cat([b[0] for b in dls.train]) for _ in range(2)]
+    a,b,c = order(3),order(3, 17),order(4)
+    assert all(torch.equal(p,q) for p,q in zip(a,b)) and not torch.equal(a[0],a[1]) and not torch.equal(a[0],c[0])
+    torch.manual_seed(1); d = loaders(df, seed=None).train
+    torch.manual_seed(2); p = torch.cat([b[0] for b in d])
+    torch.manual_seed(2); q = torch.cat([b[0] for b in d])
+    assert torch.equal(p,q)
+
+def test_rows_of_one_user_stay_together(df):
+    "x and y are cut alike"
+    dls = loaders(df, valid_pct=0)
+    truth = dict(zip(zip(df.user, df.item), df.rating))
+    for x,y in dls.train:
+        f = dls.train_ds.frame((x,y))
+        assert all(truth[u,i]==r for u,i,r in zip(*(f[c] for c in f)))
+
+def test_unknown_ids_by_policy(df):
+    dls = loaders(df, valid_pct=0)
+    new = pd.DataFrame(dict(item=[1,10_000,2], user=[5,6,-3]))
+    with pytest.raises(UnknownIdError) as e: dls.test_dl(new)
+    assert e.value.role=='user' and e.value.ids==[-3]
+    with pytest.warns(UserWarning, match='unknown item'): x = dls.test_dl(new, unk='na').dataset.x
+    assert x[:,0].tolist()==[*dls.classes['user'].encode([5,6]).tolist(),0] and x[1,1]==0 and (x[[0,2],1]>0).all()
+    with pytest.raises(ValueError, match="`unk`='skip'"): dls.test_dl(new, unk='skip')
+    assert loaders(df, unk='na').test_dl(new).unk=='na'
+
+def test_cold_validation_rows_are_counted(df):
+    held = np.flatnonzero(df.user<=3)
+    with pytest.warns(UserWarning, match=f'of {len(held)} validation rows, {len(held)} have a user and 0 an item'):
+        dls = loaders(df, splitter=IndexSplitter(held))
+    assert (dls.valid_ds.x[:,0]==0).all() and len(dls.valid_ds)==len(held)
+
+def test_duplicates(df):
+    d = pd.concat([df, df.iloc[:5].assign(rating=1.)], ignore_index=True)
+    assert len(loaders(d, valid_pct=0).train_ds)==905
+    last = loaders(d, valid_pct=0, dups='last').train_ds
+    assert len(last)==900 and (last.y==1).sum()==(df.rating[5:]==1).sum()+5
+    mean = loaders(d, valid_pct=0, dups='mean').train_ds
+    assert len(mean)==900 and abs(mean.y.sum().item()-(df.rating[5:].sum()+(df.rating[:5].sum()+5)/2))<1e-3
+    with pytest.raises(ValueError, match='5 rows repeat a pair'): loaders(d, dups='raise')
+
+def test_bad_frames(df):
+    bad = [(dict(user_name='usr'), ValueError, r"`user_name`='usr' is not a column of the frame \(user, item, title, rating, timestamp\)"),
+           (dict(valid_pct=1.), ValueError, '`valid_pct`=1.0 should be a share'), (dict(bs=0), ValueError, '`bs`=0'),
+           (dict(dups='none'), ValueError, "`dups`='none'"), (dict(unk='none'), ValueError, "`unk`='none'"),
+           (dict(rating_name='title'), TypeError, "`rating_name`='title' should hold numbers"),
+           (dict(item_name='user'), ValueError, 'should be three columns'), (dict(weight_name='w'), ValueError, "`weight_name`='w'"),
+           (dict(splitter=lambda o: ([0,1,2],[2,3])), ValueError, '1 rows into both')]
+    for kw,err,msg in bad:
+        with pytest.raises(err, match=msg): loaders(df, **kw)
+    for d,msg in ((df[:0], 'the frame has 0 rows'), (df[df.user==1], "`user_name`='user' holds a single id, 1"), (df[df.item==1], "`item_name`"),
+                  (df.assign(rating=df.rating.where(df.rating<5)), 'missing or infinite values'), (df.assign(rating=np.inf), 'missing or infinite'),
+                  (df.assign(user=df.user.astype(float).where(df.user>3)), 'missing ids'),
+                  (df.assign(item=df.item.astype('Int64').where(df.item>3)), 'missing ids')):
+        with pytest.raises(ValueError, match=msg): loaders(d)
+
+def test_no_ratings_and_weights(df):
+    dls = loaders(df, rating_name=None)
+    assert (dls.train_ds.y==1).all() and dls.train_ds.y_names==[]
+    assert dls.show_batch is not None and 'target' in dls.train.show_batch(show=False)
+    w = loaders(df.assign(w=np.arange(900.)), weight_name='w', valid_pct=0)
+    f = w.train_ds.frame((w.train_ds.x, w.train_ds.y))
+    for x,y in w.train: assert len(w.train.wb)==len(x)
+    with pytest.raises(ValueError, match='negative weights'): loaders(df.assign(w=-1.), weight_name='w')
+
+def test_rows_however_given(df):
+    dls = loaders(df, item_name='title')
+    r = df.iloc[3]
+    ref = dls.test_dl(df.iloc[[3]]).dataset.x
+    for o in ((r.user,r.title), dict(user=r.user,title=r.title), r, [r], [(r.user,r.title)], [dict(user=r.user,title=r.title)],
+              dict(user=[r.user],title=[r.title]), df.iloc[[3]][['title','user']]):
+        assert torch.equal(dls.test_dl(o).dataset.x, ref)
+    with pytest.raises(ValueError, match='expected pairs'): dls.test_dl([(1,2,3)])
+
+def test_usual_names_are_found(df):
+    d = df.rename(columns=dict(user='userId', item='movieId', timestamp='date'))
+    dls = loaders(d)
+    assert dls.cat_names==['userId','movieId']
+    assert len(TimeSplitter(0.1)(d)[1])==90
+    with pytest.raises(ValueError, match="`user_name`='usr'"): loaders(d, user_name='usr')
+
+def test_splitters(df):
+    tr,va = TimeSplitter(0.25)(df)
+    assert len(va)==225 and df.timestamp.iloc[tr].max()<=df.timestamp.iloc[va].min() and sorted([*tr,*va])==list(range(900))
+    tied = pd.DataFrame(dict(user=1, item=range(10), timestamp=0))
+    assert TimeSplitter(0.3)(tied)[1].tolist()==[7,8,9]
+    tr,va = LastNSplitter(1)(df)
+    assert df.user.iloc[va].value_counts().eq(1).all()
+    n = df.user.value_counts()
+    tr,va = LastNSplitter(int(n.min()))(df)
+    assert (n[n==n.min()].index.isin(df.user.iloc[tr])).all() and not n[n==n.min()].index.isin(df.user.iloc[va]).any()
+    tr,va = ColdUserSplitter(0.3, seed=1)(df)
+    assert not set(df.user.iloc[tr]) & set(df.user.iloc[va]) and df.user.iloc[va].nunique()==18
+    with pytest.raises(ValueError, match='have no time'): TimeSplitter()(df.assign(timestamp=df.timestamp.where(df.user>3)))
+
+def test_row_0_is_what_is_not_in_training(df):
+    col = pd.Series([5,1,9,5,2])
+    codes,m = _encode_train(col, 'user_name', np.array([1,1,0,1,0], bool))
+    assert codes.tolist()==[2,1,0,2,0] and list(m)==['#na#',1,5]
+
+def test_files(df, tmp_path):
+    df.to_csv(tmp_path/'r.csv', index=False)
+    df.to_csv(tmp_path/'r.tsv.gz', index=False, sep='\t')
+    df.to_csv(tmp_path/'semi.txt', index=False, sep=';')
+    df.to_parquet(tmp_path/'r.parquet')
+    for f in ('r.csv','r.tsv.gz','semi.txt','r.parquet'): assert rows_of(loaders(read_ratings(tmp_path/f)).train_ds)==rows_of(loaders(df).train_ds)
+    with pytest.raises(ValueError, match='is no file that is read here'): (tmp_path/'r.docx').write_text('x'); read_ratings(tmp_path/'r.docx')
+    with pytest.raises(ValueError, match='is no known layout'): (tmp_path/'d').mkdir(); read_ratings(tmp_path/'d')
+
+def test_ml_100k(data_dir):
+    d = data_dir('ml-100k')
+    df = read_ratings(d)
+    assert len(df)==100_000 and df.user.nunique()==943 and df.item.nunique()==1682 and df.title.nunique()==1664
+    assert abs(df.rating.mean()-3.52986)<1e-9
+    tests = [read_ratings(d, f'u{i}').query('is_valid') for i in range(1,6)]
+    pd.testing.assert_frame_equal(pd.concat(tests)[list(df)].sort_values(['user','item'], ignore_index=True), df.sort_values(['user','item'], ignore_index=True))
+    assert df.genres.str.contains('Sci-Fi').sum()>1000
+    dls = CFDataLoaders.from_path(d, split='u1', device='cpu')
+    assert (len(dls.train_ds),len(dls.valid_ds))==(80_000,20_000)
+    with pytest.raises(ValueError, match='has the splits u1, u2'): read_ratings(d, 'u9')
+    with pytest.warns(UserWarning, match='17,048 have a user'): CFDataLoaders.from_df(df, splitter=TimeSplitter(0.2), device='cpu')
+
+def test_ml_latest_small(data_dir):
+    df = read_ratings(data_dir('ml-latest-small-2016'))
+    assert len(df)==100_004 and df.user.nunique()==671 and df.item.nunique()==9066 and df.title.notna().all()

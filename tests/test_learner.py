@@ -1,0 +1,211 @@
+"The learner: what fails in fastai's works, the lesson's code runs, planted factors are found"
+import warnings
+from copy import deepcopy
+
+import numpy as np,pandas as pd,pytest,torch
+from scipy.linalg import orthogonal_procrustes
+from torch import nn
+from fastai.collab import CollabDataLoaders,EmbeddingDotBias,collab_learner
+from fastai.tabular.all import (Callback,CSVLogger,DataLoaders,EarlyStoppingCallback,Embedding,GradientClip,Learner,MSELossFlat,Module,SaveModelCallback,
+    get_emb_sz,load_learner,mae,rmse,sigmoid_range)
+from cfext import *
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+@pytest.fixture(scope='module')
+def df(): return synth_ratings(60, 40, 1000)
+
+def loaders(df, **kw): return CFDataLoaders.from_df(df, **{'item_name':'title', 'seed':3, 'device':'cpu', 'bs':32, **kw})
+def fitted(dls, n=1, lr=0.02, **kw):
+    learn = cf_learner(dls, **{'n_factors':4, 'y_range':(0.5,5.5), 'seed':0, **kw})
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(n, lr, wd=0.1)
+    return learn
+
+@pytest.mark.parametrize('model', ['dot','nn',DotProduct,EmbeddingNet,CollabNN,EmbeddingDotBias])
+def test_models_by_name_and_class(df, model):
+    dls = loaders(df)
+    if model is EmbeddingDotBias: model = EmbeddingDotBias.from_classes(4, dls.classes, y_range=(0.5,5.5))
+    learn = fitted(dls, model=model)
+    df_,dec,pred = learn.predict(df[:5])
+    assert pred.shape==(5,1) and torch.isfinite(pred).all() and list(df_)==['user','title','pred']
+    assert len(learn.recommend([1,2,3], k=4))==12
+    assert len(learn.similar_items(df.title[:2].unique(), k=3))==3*df.title[:2].nunique()
+
+def test_predict_one_is_predict_many(df):
+    learn = fitted(loaders(df))
+    known = df[df.title.isin(learn.dls.classes['title'].items)]
+    many = learn.predict(known)[2]
+    for i in (0,7,20): assert torch.allclose(learn.predict(tuple(known.iloc[i][['user','title']]))[2], many[i], atol=1e-6)
+    assert learn.predict(known[:0])[2].shape==(0,1)
+    shuffled = known.sample(frac=1, random_state=0)[['rating','title','user']]
+    assert torch.allclose(learn.predict(shuffled)[2], many[known.index.get_indexer(shuffled.index)], atol=1e-6)
+
+def test_get_preds_on_one_row_and_metrics(df):
+    learn = fitted(loaders(df), metrics=[rmse,mae])
+    p,t = learn.get_preds(dl=learn.dls.test_dl(df[:1], with_labels=True, unk='na'))
+    assert p.shape==t.shape==(1,1)
+    preds,targs = learn.get_preds()
+    loss,r,m = learn.validate()
+    assert preds.shape==targs.shape and abs(((preds-targs)**2).mean()-loss)<1e-5 and abs(loss**0.5-r)<1e-5 and abs((preds-targs).abs().mean()-m)<1e-5
+    p0,t0 = learn.get_preds(ds_idx=0)
+    assert torch.equal(t0, learn.dls.train_ds.y), 'training predictions come in the order of the rows'
+
+def test_lr_find_show_results_summary(df):
+    learn = fitted(loaders(df))
+    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    assert learn.lr_find(show_plot=False, num_it=20).valley>0
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    learn.show_results()
+    assert 'Total params' in str(learn.summary())
+
+def test_any_fastai_callback(df, tmp_path):
+    dls = loaders(df, path=tmp_path)
+    learn = cf_learner(dls, n_factors=4, y_range=(0.5,5.5), cbs=[CSVLogger(), GradientClip(), SaveModelCallback(), EarlyStoppingCallback(patience=9)])
+    with learn.no_bar(): learn.fit_one_cycle(2, 0.01)
+    assert len(learn.csv_logger.read_log())==2 and (tmp_path/'models'/'model.pth').exists()
+    with learn.no_bar(),learn.no_logging(): learn.fit_flat_cos(1); learn.fit_sgdr(1, 1)
+
+def test_fit_without_validation_rows(df):
+    learn = fitted(loaders(df, valid_pct=0))
+    with pytest.raises(ValueError, match='no validation rows'): learn.evaluate()
+    assert len(learn.recommend(k=2))==2*(learn.dls.n_users-1)
+
+def test_fastais_loaders_are_taken_over(df):
+    theirs = CollabDataLoaders.from_df(df, item_name='title', rating_name='rating', seed=3, bs=32, device='cpu')
+    learn = fitted(theirs)
+    assert isinstance(learn.dls, CFDataLoaders) and learn.dls.train.bs==32
+    assert torch.isfinite(learn.predict(df[:9], unk='na')[2]).all()
+    truth = dict(zip(zip(df.user, df.title), df.rating))
+    f = learn.dls.valid_ds.frame((learn.dls.valid_ds.x, learn.dls.valid_ds.y))
+    f = f[(f.user!='#na#')&(f.title!='#na#')]
+    assert all((u,t) in truth for u,t in zip(f.user, f.title)) and len(f)>150
+    with pytest.raises(TypeError, match='should be CFDataLoaders or'): cf_learner(DataLoaders())
+
+def test_the_tutorials_code_runs(df):
+    "The code of fastai's tutorial on collaborative filtering, on our loaders"
+    ratings = df[['user','item','rating']].rename(columns=dict(item='movie')).merge(df[['item','title']].drop_duplicates().rename(columns=dict(item='movie')))
+    dls = CFDataLoaders.from_df(ratings, item_name='title', bs=64)
+    dls.show_batch()
+    learn = collab_learner(dls, n_factors=50, y_range=(0, 5.5))
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(1, 5e-3, wd=0.1)
+    learn.model
+    g = ratings.groupby('title')['rating'].count()
+    top_movies = g.sort_values(ascending=False).index.values[:30]
+    movie_bias = learn.model.bias(top_movies, is_item=True)
+    assert movie_bias.shape==(30,)
+    mean_ratings = ratings.groupby('title')['rating'].mean()
+    movie_ratings = [(b, i, mean_ratings.loc[i]) for i,b in zip(top_movies, movie_bias)]
+    sorted(movie_ratings, key=lambda x: x[0])[:15]
+    movie_w = learn.model.weight(top_movies, is_item=True)
+    movie_pca = movie_w.pca(3)
+    assert movie_w.shape==(30,50) and movie_pca.shape==(30,3)
+    embs = get_emb_sz(dls)
+    learn = collab_learner(dls, use_nn=True, emb_szs={'user':8,'title':4}, y_range=(0,5.5), layers=[10,5])
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(1, 5e-3)
+    assert embs[0][0]==len(dls.classes['user'])
+    assert len(collab_learner(dls, n_factors=5, y_range=(0,5.5)).get_preds(dl=dls.test_dl(ratings[:7], unk='na'))[0])==7
+    n_users,n_movies = len(dls.classes['user']),len(dls.classes['title'])
+    class DP(Module):
+        def __init__(self, n_users, n_movies, n_factors, y_range=(0,5.5)):
+            self.user_factors,self.movie_factors,self.y_range = Embedding(n_users, n_factors),Embedding(n_movies, n_factors),y_range
+        def forward(self, x): return sigmoid_range((self.user_factors(x[:,0])*self.movie_factors(x[:,1])).sum(dim=1), *self.y_range)
+    x,y = dls.one_batch()
+    learn = Learner(dls, DP(n_users, n_movies, 5), loss_func=MSELossFlat())
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(1, 5e-3)
+
+def test_callers_objects_are_unchanged(df):
+    config,cbs = dict(mean=3.),[]
+    a,b = deepcopy(config),list(cbs)
+    cf_learner(loaders(df), y_range=(0.5,5.5), config=config, cbs=cbs)
+    assert config==a and cbs==b
+    torch.manual_seed(5)
+    ref = torch.rand(1)
+    torch.manual_seed(5)
+    cf_learner(loaders(df), seed=1)
+    assert torch.equal(torch.rand(1), ref), 'a seed of its own leaves the global generator alone'
+
+def test_seed_repeats_a_fit(df):
+    def run():
+        torch.manual_seed(11)
+        return fitted(loaders(df), n=2).validate()[0]
+    assert run()==run()
+
+def test_row_weights(df):
+    "Rows with weight 0 might as well not be there; a constant weight changes nothing"
+    half = df.user%2==0
+    d = df.assign(w=half.astype(float), two=2.)
+    odd = fitted(loaders(d, weight_name='w', valid_pct=0, bs=1000), unk_p=0)
+    learn = cf_learner(loaders(d, valid_pct=0, bs=1000), n_factors=4, y_range=(0.5,5.5), unk_p=0, seed=0)
+    w2 = cf_learner(loaders(d, valid_pct=0, bs=1000, weight_name='two'), n_factors=4, y_range=(0.5,5.5), unk_p=0, seed=0)
+    for l in (learn,w2):
+        with l.no_bar(),l.no_logging(): l.fit(1, 0.01)
+    assert torch.allclose(learn.model.item_factors, w2.model.item_factors, atol=1e-6)
+    start = cf_learner(loaders(d, valid_pct=0), n_factors=4, y_range=(0.5,5.5), unk_p=0, seed=0).model.user_factors
+    idle = torch.from_numpy(odd.dls.classes['user'].encode(d.user[~half].unique())).long()
+    used = torch.from_numpy(odd.dls.classes['user'].encode(d.user[half].unique())).long()
+    moved = (odd.model.user_factors-start).abs().sum(1)
+    assert moved[used].min()>moved[idle].max()
+
+def test_weighted_loss_is_the_weighted_mean(df):
+    d = df.assign(w=np.linspace(0, 3, len(df)))
+    learn = cf_learner(loaders(d, weight_name='w', valid_pct=0, bs=64), n_factors=4, unk_p=0, seed=0)
+    losses = []
+    class Grab(Callback):
+        def after_loss(self): losses.append(self.learn.loss_grad.detach()*len(self.y))
+    learn.add_cb(Grab())
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0., wd=0.)
+    ds,seen = learn.dls.train_ds,sum(losses)
+    se = (learn.get_preds(ds_idx=0)[0]-ds.y)[:,0]**2
+    assert abs(seen/len(ds) - (se*ds.w).sum()/ds.w.sum()) < 1e-4
+
+def test_ratings_outside_y_range_are_counted(df):
+    with pytest.warns(UserWarning, match=f'{(df.rating>4.5).sum()} of 1,000 ratings lie outside `y_range`'): cf_learner(loaders(df), y_range=(0.5,4.5))
+
+def test_bad_models(df):
+    dls = loaders(df)
+    for kw,msg in ((dict(model='dott'), "`model`='dott'"), (dict(model=nn.Embedding(60,3)), r'expected \(3,1\)'), (dict(y_range=(5,1)), r'`y_range`=\(5, 1\)'),
+                   (dict(model='nn', emb_szs=[(3,2),(4,2)]), '`emb_szs`'), (dict(unk_p=2), '`p`=2')):
+        with pytest.raises(ValueError, match=msg): cf_learner(dls, **kw)
+
+def test_unknown_users_meet_the_policy(df):
+    learn = fitted(loaders(df), n=3, unk_p=0.1)
+    t = learn.dls.classes['title'][1]
+    with pytest.raises(UnknownIdError): learn.predict((999,t))
+    row0 = learn.model.user_factors[0].clone()
+    na,mean = (learn.predict((999,t), unk=u)[2] for u in ('na','mean'))
+    assert torch.equal(learn.model.user_factors[0], row0)
+    U,b = learn.model.user_factors[1:].mean(0),learn.model.user_bias[1:].mean()
+    assert torch.allclose(mean[0,0], sigmoid_range(U@learn.model.item_factors[1]+b+learn.model.item_bias[1,0], 0.5, 5.5), atol=1e-5)
+    assert not torch.equal(na, mean)
+    same = learn.predict((df.user[0],t), unk='mean')[2]
+    assert torch.allclose(same, learn.predict((df.user[0],t))[2], atol=1e-6), 'known ids are not touched by the policy'
+
+def test_planted_factors_are_found():
+    "Item factors recover the planted ones up to a linear map's rotation (Procrustes), biases follow the planted biases"
+    df,truth = synth_ratings(400, 120, 24_000, n_factors=3, noise=0.3, step=None, seed=1, with_truth=True)
+    dls = CFDataLoaders.from_df(df, item_name='title', seed=1, device='cpu', bs=256)
+    learn = cf_learner(dls, n_factors=3, y_range=(0,6), seed=1)
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(25, 0.03, wd=0.02)
+    codes = dls.classes['title'].encode(truth['titles'])
+    known = codes>0
+    Q,T = learn.model.item_factors.detach().numpy()[codes[known]],truth['item_factors'][known]
+    Q,T = Q-Q.mean(0),T-T.mean(0)
+    Q,T = Q/np.linalg.norm(Q),T/np.linalg.norm(T)
+    R,scale = orthogonal_procrustes(Q, T)
+    rng = np.random.default_rng(0)
+    N = rng.normal(size=Q.shape); N /= np.linalg.norm(N)
+    chance = orthogonal_procrustes(N, T)[1]
+    assert scale**2>0.8 and chance**2<0.2, (scale, chance)
+    # what the item's own constant effect on the mean user is: its bias and its factors along the mean user
+    eff = truth['item_bias']+truth['item_factors']@truth['user_factors'].mean(0)
+    ours = learn.model.item_bias.detach().numpy()[codes[known],0]+learn.model.item_factors.detach().numpy()[codes[known]]@learn.model.user_factors[1:].detach().numpy().mean(0)
+    assert np.corrcoef(eff[known], ours)[0,1]>0.9
+
+def test_export_still_works(df, tmp_path):
+    learn = fitted(loaders(df, path=tmp_path))
+    p = learn.predict(df[:5], unk='na')[2]
+    learn.export('m.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        again = load_learner(tmp_path/'m.pkl')
+    assert torch.allclose(again.predict(df[:5], unk='na')[2], p)

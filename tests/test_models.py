@@ -1,0 +1,125 @@
+"One contract for every model"
+import pytest,torch
+from torch import nn
+from fastai.collab import EmbeddingDotBias,EmbeddingNN
+from fastai.tabular.all import MSELossFlat,Learner
+from cfext import *
+
+n_users,n_items = 7,5
+makers = dict(
+    DotProduct      = lambda **kw: DotProduct(n_users, n_items, n_factors=4, **kw),
+    DotProduct2018  = lambda **kw: DotProduct(n_users, n_items, n_factors=4, init=(0,.05), **kw),
+    DotProductBias  = lambda **kw: DotProductBias(n_users, n_items, n_factors=4, **kw),
+    DotProductMean  = lambda **kw: DotProductBias(n_users, n_items, n_factors=4, mean=3., **kw),
+    CollabNN        = lambda **kw: CollabNN((n_users,3), (n_items,4), **{'y_range':None, **kw}),
+    CollabNNDeep    = lambda **kw: CollabNN((n_users,3), (n_items,4), layers=[6,5], ps=0.3, embed_p=0.2, use_bn=True, **{'y_range':None, **kw}),
+    EmbeddingNet    = lambda **kw: EmbeddingNet(n_users, n_items, n_factors=4, **kw))
+x = torch.tensor([[1,2],[3,0],[6,4]])
+
+@pytest.fixture(params=makers)
+def make(request):
+    torch.manual_seed(0)
+    return makers[request.param]
+
+def loud(model):
+    "The model with parameters that make a difference"
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p))
+    return model
+
+def close(a, b, **kw):
+    assert a.shape==b.shape and a.dtype==b.dtype and a.device==b.device
+    torch.testing.assert_close(a, b, **kw)
+
+def test_forward_gives_a_column(make):
+    for y_range in (None, (1,5)):
+        out = loud(make(y_range=y_range)).eval()(x)
+        assert out.shape==(3,1) and out.dtype==torch.float32
+        if y_range: assert (out>=0.5).all() and (out<=5.5).all()
+
+def test_one_row_and_none(make):
+    m = loud(make()).eval()
+    assert m(x[:1]).shape==(1,1) and m(x[:0]).shape==(0,1)
+    assert m.score_items(x[:0,0]).shape==(0,n_items)
+
+def test_batch_is_one_at_a_time(make):
+    m = loud(make(y_range=(1,5))).eval()
+    close(m(x), torch.cat([m(r[None]) for r in x]))
+
+def test_score_items_is_forward_on_every_item(make):
+    m = loud(make(y_range=(1,5))).eval()
+    us = torch.tensor([6,1,1])
+    scores = m.score_items(us)
+    assert scores.shape==(3,n_items)
+    for r,u in enumerate(us): close(scores[r], m(torch.tensor([[u,i] for i in range(n_items)]))[:,0], atol=1e-6, rtol=1e-5)
+    close(score_by_forward(m, us, n_items, tile=6), scores, atol=1e-6, rtol=1e-5)
+
+def test_tables_have_a_row_for_each_id(make):
+    m = make()
+    assert len(m.user_factors)==n_users and len(m.item_factors)==n_items
+    for t in ('user_bias','item_bias'):
+        if hasattr(m, t): assert getattr(m, t).shape==((n_users if t[0]=='u' else n_items),1)
+    ts = emb_tables(m)
+    assert ts['user'][0] is m.user_factors and ts['item'][0] is m.item_factors
+
+def test_every_parameter_gets_a_gradient(make):
+    m = loud(make()).train()
+    m(x).pow(2).sum().backward()
+    for n,p in m.named_parameters(): assert p.grad is not None, n
+
+def test_state_dict_round_trip(make):
+    a = loud(make(y_range=(1,5))).eval()
+    b = make(y_range=(1,5)).eval()
+    b.load_state_dict(a.state_dict())
+    close(a(x), b(x))
+
+def test_made_again_from_its_config(make):
+    import json
+    a = make(y_range=(1,5)).eval()
+    b = type(a)(**json.loads(json.dumps(a.config))).eval()
+    b.load_state_dict(a.state_dict())
+    close(a(x), b(x))
+    assert b.config['y_range']==a.config['y_range'] or tuple(b.config['y_range'])==tuple(a.config['y_range'])
+
+def test_train_and_eval_differ_only_by_dropout(make):
+    m = loud(make()).train()
+    m(x)
+    m.eval()
+    close(m(x), m(x))
+
+def test_learns_a_checkerboard(make):
+    "Ratings 5 and 1 alternating over users and items have rank 1 about their mean: every model must learn them"
+    board = torch.cartesian_prod(torch.arange(1, n_users), torch.arange(1, n_items))
+    y = torch.where((board.sum(1)%2)==0, 4., 2.)[:,None]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        m = make().train()
+        with torch.no_grad():
+            for p in m.parameters(): p.mul_(30) if p.abs().max()<.06 else p
+        for d in m.modules():
+            if isinstance(d, nn.Dropout): d.p = 0.
+        opt = torch.optim.Adam(m.parameters(), 0.03)
+        for _ in range(800):
+            loss = (m(board)-y).pow(2).mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        m.eval()
+        pred = m(board)
+        if (pred-y).abs().max()<0.2: return
+    raise AssertionError(f'largest error {(pred-y).abs().max():.3f}')
+
+def test_fastais_models_are_scored_the_same_way():
+    m = EmbeddingDotBias(4, n_users, n_items).eval()
+    s = score_by_forward(m, torch.tensor([2,5,1]), n_items)
+    close(s[1], m(torch.tensor([[5,i] for i in range(n_items)])))
+    m = EmbeddingNN([(n_users,3),(n_items,2)], [6]).eval()
+    assert score_by_forward(m, torch.tensor([2,5,1]), n_items).shape==(3,n_items)
+    assert [len(o) for o in emb_tables(m).values()]==[1,1]
+
+def test_mean_unknown_restores_after_an_error(make):
+    m = loud(make()).eval()
+    before = m(x)
+    with pytest.raises(ZeroDivisionError):
+        with mean_unknown(m): 1/0
+    close(m(x), before)
