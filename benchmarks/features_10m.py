@@ -9,7 +9,8 @@ import argparse,datetime,json,os,platform,time,tracemalloc
 from pathlib import Path
 
 import numpy as np,pandas as pd
-from cfext.features import EmbeddingFeatures,EmbTable
+from cfext.features import EmbeddingFeatures
+from cfext.tables import EmbTable
 
 here = Path(__file__).resolve()
 
