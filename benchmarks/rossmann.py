@@ -49,13 +49,13 @@ def split(n_train=200_000, seed=123):
 
 def mape(df, log_pred): return float(np.mean(np.abs(np.exp(log_pred)-df.Sales)/df.Sales))
 
-def fit_net(df, seed=1, epochs=5, lr=5e-3, bs=512, layers=(1000,500), wd=.01, embed_p=0.):
+def fit_net(df, seed=1, epochs=5, lr=5e-3, bs=512, layers=(1000,500), wd=.01, embed_p=0., bn=True):
     "fastai's tabular learner on `df`, with the paper's widths, layers, loss and target"
     set_seed(seed)
     dls = TabularDataLoaders.from_df(df[cats+['Promo','log_sales']].reset_index(drop=True), procs=[Categorify,Normalize], cat_names=cats,
         cont_names=['Promo'], y_names='log_sales', y_block=RegressionBlock(), valid_idx=list(range(64)), bs=bs, val_bs=16384)
     learn = tabular_learner(dls, layers=list(layers), emb_szs=szs, y_range=(0,1.02*float(df.log_sales.max())), loss_func=L1LossFlat(),
-                            wd=wd, config=tabular_config(embed_p=embed_p))
+                            wd=wd, config=tabular_config(embed_p=embed_p, use_bn=bn))
     with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return learn
 
@@ -82,6 +82,7 @@ def trees(F, y, G, rounds=1000, leaves=63, lr=.05, objective='l2', seed=1, at=No
                           colsample_bytree=.7, random_state=seed, n_jobs=n_jobs, verbose=-1).fit(F, y)
     return m.predict(G) if at is None else [m.predict(G, num_iteration=r) for r in at]
 
+net_tries = [dict(lr=5e-3), dict(lr=1e-2), dict(lr=5e-3, epochs=10, bs=256), dict(lr=1e-3, epochs=10, bs=256, bn=False)]
 models = dict(knn=knn, forest=forest, trees=trees)
 
 def codes(fit, df, native=False):
@@ -120,15 +121,17 @@ def select(args):
     fit,val = df[:v],df[v:].reset_index(drop=True)
     q = val.sample(min(len(val), 6000), random_state=0).reset_index(drop=True)
     print(len(fit), 'rows to fit,', len(val), 'in the tail', flush=True)
-    res = dict(network=[])
-    best = None
-    for kw in [dict(lr=5e-3), dict(lr=1e-2)]:
-        learn = fit_net(fit, **kw)
-        m = mape(val, net_preds(learn, val))
-        res['network'].append(dict(params=kw, mape=m))
-        print('network', kw, round(m, 4), flush=True)
-        if best is None or m<best[0]: best = (m,learn)
-    F,G = features(fit, [q], best[1])
+    res = json.loads(out_file.read_text()).get('selection', {}) if out_file.exists() else {}  # what was tried already is kept
+    nets = res.setdefault('network', [])
+    for kw in net_tries:
+        if kw in [o['params'] for o in nets]: continue
+        t,learn = time.time(),fit_net(fit, **kw)
+        nets.append(dict(params=kw, mape=mape(val, net_preds(learn, val))))
+        print('network', nets[-1], f'{time.time()-t:.0f}s', flush=True)
+        save(selection=res)
+    if all(o in res for o in ('knn_with','knn_without','knn_one_hot','trees_with','trees_without','trees_native','forest_with','forest_without')): return
+    learn = fit_net(fit, **min(nets, key=lambda o: o['mape'])['params'])
+    F,G = features(fit, [q], learn)
     C,D,N,M = codes(fit, fit),codes(fit, q),codes(fit, fit, True),codes(fit, q, True)
     tries = dict(
         knn_with=(knn, F, G, grid(k=[10,20], promo=[.3,1.])),
@@ -141,6 +144,7 @@ def select(args):
         knn_one_hot=(knn, one_hot(fit, fit), one_hot(fit, q[:1000]), [dict(k=10)]))
     y = fit.log_sales.to_numpy()
     for name,(fn,A,B,kws) in tries.items():
+        if name in res: continue
         res[name],sub = [],q[:len(B)]
         for kw in kws:
             t,at = time.time(),dict(trees_without=(500,1000,2000)).get(name, (250,500,1000)) if fn is trees else None
