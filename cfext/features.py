@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_array,check_is_fitted,_check_feature_
 from .core import *
 from .tables import *
 
-# %% ../nbs/13b_features.ipynb #aeb65fea
+# %% ../nbs/13b_features.ipynb #69acaff5
 class _Lookup:
     "Columns of a set of tables, ready to be filled in for rows"
     def __init__(self, tables, form, unk, groups):
@@ -36,11 +36,18 @@ class _Lookup:
         res = np.einsum('nd,nd->n', ta.factors.take(i, 0), tb.factors.take(j, 0))
         return res if ta.bias is None else res+ta.bias.take(i)+tb.bias.take(j)
 
+    def _coder(self, t, col, name):
+        "A function from a slice to the rows of `t` for it; the values of a `category` column are looked up once"
+        if not isinstance(col.dtype, pd.CategoricalDtype): return lambda sl: t.encode(col.iloc[sl], name)
+        codes,rows = col.cat.codes,np.append(t.encode(col.cat.categories, name), 0 if t.counts[0]>0 else -1)
+        return lambda sl: rows[codes.iloc[sl].to_numpy()]
+
     def _fill(self, X, out, rows=None, step=2**17):
         "Write the columns of `X` into `out`, or into its `rows`"
+        coders = {c: self._coder(t, X[c], c) for c,t in self.tables.items()}
         for lo in range(0, len(X), step):
             sl = slice(lo, lo+step)
-            codes = {c: t.encode(X[c].iloc[sl], c) for c,t in self.tables.items()}
+            codes = {c: f(sl) for c,f in coders.items()}
             if self.unk=='raise': self._refuse(X.iloc[sl], codes)
             to,at = sl if rows is None else rows[sl],0
             for c,m in self.mats.items(): out[to,at:at+m.shape[1]],at = m.take(codes[c], 0),at+m.shape[1]
@@ -278,7 +285,7 @@ def table(self:EmbeddingFeatures,
     res.insert(0, f'{col}_rows', t.counts[live])
     return res
 
-# %% ../nbs/13b_features.ipynb #0078f291
+# %% ../nbs/13b_features.ipynb #c4817778
 @patch
 def export(self:EmbeddingFeatures,
     folder:str|Path, # folder to write into; made if missing
@@ -296,9 +303,12 @@ def export(self:EmbeddingFeatures,
             if fmt=='npz': _to_npz(f, tab, unknown)
             else:
                 import_extra('pyarrow', 'fast-io')
-                last = unknown.assign(**{f'{c}_rows': 0, c: None})
-                keyed = pd.concat([tab.reset_index().convert_dtypes(convert_floating=False), last] if self.unk!='raise' else [tab.reset_index()])
-                keyed[tab.reset_index().columns].astype({c: tab.index.to_series().convert_dtypes().dtype}).to_parquet(f, index=False)
+                keyed = tab.reset_index()
+                keyed = keyed.astype({c: keyed[c].convert_dtypes().dtype})
+                if self.unk!='raise':
+                    last = unknown.assign(**{f'{c}_rows': 0, c: None})[list(keyed.columns)]
+                    keyed = pd.concat([keyed.astype({c: object}), last]).astype({c: keyed[c].dtype})
+                keyed.to_parquet(f, index=False)
     return paths
 
 def _to_npz(f, tab, unknown):
