@@ -38,7 +38,7 @@ readme: setup ## nbs/index.ipynb -> README.md
 	$(BIN)/python docs/readme.py
 
 outputs: setup ## run the notebooks and keep their outputs
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/*.ipynb nbs/tutorials/*.ipynb
+	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/*.ipynb nbs/tutorials/*.ipynb
 	$(BIN)/nbdev-clean
 
 clean: ## remove what `setup` and `demo` made

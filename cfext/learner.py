@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
-# %% ../nbs/06_learner.ipynb #3d62aff2
+# %% ../nbs/06_learner.ipynb #c770733b
 import inspect,warnings
 from contextlib import nullcontext
 
@@ -18,11 +18,14 @@ from fastai.tabular.all import *
 from .core import *
 from .data import *
 from .models import *
+from .losses import *
+from .negatives import *
+from .loop import *
 
-# %% ../nbs/06_learner.ipynb #7c6b3d2e
+# %% ../nbs/06_learner.ipynb #ba6b51ba
 class IdDropout(Callback):
     "Replace each id by the unknown row with probability `p` while training, so that row 0 is trained too"
-    order = -5
+    order,on_device = -5,True
     def __init__(self,
         p:float=0.01, # probability, for the user and the item of each row apart
     ):
@@ -33,10 +36,10 @@ class IdDropout(Callback):
         x, = self.xb
         self.learn.xb = (x.masked_fill(torch.rand(x.shape, device=x.device)<self.p, 0),)
 
-# %% ../nbs/06_learner.ipynb #139d55e2
+# %% ../nbs/06_learner.ipynb #27126213
 class RowWeights(Callback):
     "Weigh the loss of each row by the loader's weights"
-    order = -4
+    order,on_device = -4,True
     def before_fit(self): self.scale = self.dls.train_ds.w.mean()
     def after_loss(self):
         w = getattr(self.dl, 'wb', None)
@@ -45,12 +48,28 @@ class RowWeights(Callback):
         self.learn.loss_grad = (loss.reshape(len(w), -1).mean(1)*w/self.scale).mean()
         self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../nbs/06_learner.ipynb #30c36747
+# %% ../nbs/06_learner.ipynb #557e4a05
 class CFLearner(Learner):
     "A `Learner` over `CFDataLoaders` that answers in the caller's ids"
+    fast = None
+    def all_batches(self):
+        if not self.training or self.fast is False: return super().all_batches()
+        why = {n: e for n,e in batch_needs(self).items()}
+        if not why: return lean_epoch(self)
+        why = ', '.join(f"{n} ({' '.join(e)})" for n,e in why.items())
+        if self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
+        if why not in self.__dict__.setdefault('_told', []):
+            self._told.append(why)
+            print(f"fastai's loop runs, since these callbacks act on each batch: {why}")
+        super().all_batches()
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         ctx = mean_unknown(self.model) if getattr(dl, 'unk', None)=='mean' else nullcontext()
-        with ctx: return super().get_preds(ds_idx, dl, **kwargs)
+        rec = getattr(self, 'recorder', None)
+        kept = {k: getattr(rec, k) for k in (*Recorder._stateattrs, 'metric_names') if hasattr(rec, k)}
+        try:
+            with ctx: return super().get_preds(ds_idx, dl, **kwargs)
+        finally:
+            for k,v in kept.items(): setattr(rec, k, v)
 
 @patch
 def predict(self:CFLearner,
@@ -83,7 +102,7 @@ def as_cf_dls(
     return CFDataLoaders(ResidentDL(dss[0], bs=dls.train.bs, shuffle=True, device=dls.device),
                          ResidentDL(dss[1], bs=dls.valid.bs, device=dls.device), path=dls.path, device=dls.device)
 
-# %% ../nbs/06_learner.ipynb #62a69d25
+# %% ../nbs/06_learner.ipynb #f30f740c
 def _emb_szs(dls, emb_szs):
     "((n_users,width), (n_items,width)) from fastai's rule, a dict {column: width}, or two (n,width) pairs"
     if emb_szs is None or isinstance(emb_szs, dict): return get_emb_sz(dls.train_ds, emb_szs)
@@ -97,7 +116,8 @@ def _make_model(dls, model, n_factors, y_range, emb_szs, config):
     if model=='dot': model = DotProductBias
     if model=='nn' or (isinstance(model, type) and issubclass(model, CollabNN) and model is not EmbeddingNet):
         cls = CollabNN if model=='nn' else model
-        return cls(*_emb_szs(dls, emb_szs), **{'y_range':y_range, **config})
+        own = {'use_bn':True} if model=='nn' else {}
+        return cls(*_emb_szs(dls, emb_szs), **{'y_range':y_range, **own, **config})
     if isinstance(model, type) and issubclass(model, nn.Module):
         args = dict(n_factors=n_factors, y_range=y_range)
         takes = inspect.signature(model.__init__).parameters
@@ -120,19 +140,20 @@ def _check_model(dls, model):
     if not isinstance(res, Tensor) or res.numel()!=3:
         raise ValueError(f"`model` gives {tuple(getattr(res, 'shape', ())) or type(res).__name__} for 3 rows; expected (3,1), a number a row")
 
-# %% ../nbs/06_learner.ipynb #449a1860
+# %% ../nbs/06_learner.ipynb #a7f7bd03
 @delegates(Learner.__init__)
 def cf_learner(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`, whose rows are taken over
-    model='dot', # 'dot' (`DotProductBias`), 'nn' (`CollabNN`), a class of modules, or a module that takes codes (bs,2)
+    model='dot', # 'dot' (`DotProductBias`), 'nn' (`CollabNN` with batch normalisation), a class of modules, or a module that takes codes (bs,2)
     n_factors:int=50, # width of the factors of a dot product
     y_range:tuple|None=None, # (low, high) of the predictions, a little beyond the ratings; None: not bounded
-    loss_func=None, # loss of predictions and targets, both (bs,1); None: mean squared error
+    loss_func=None, # loss of predictions and targets, both (bs,1), or a `RankingLoss`, which brings `Negatives`; None: mean squared error
     *,
     emb_szs=None, # for 'nn': {column: width} or ((n_users,width), (n_items,width)); None: fastai's rule
     config:dict|None=None, # further arguments of the model's class; not changed
     unk_p:float=0.01, # share of ids replaced by the unknown row in training (`IdDropout`); 0: it stays untrained
     seed:int|None=None, # seed of the initial parameters; None: torch's global generator
+    fast:bool|None=None, # None: `lean_epoch` where no callback acts on each batch; False: fastai's loop; True: raise where that is needed
     **kwargs, # what `Learner` takes
 )->CFLearner:
     "Make a learner for ratings that predicts and recommends in the caller's own ids"
@@ -143,6 +164,8 @@ def cf_learner(
     _check_model(dls, model)
     _check_ratings(dls, getattr(model, 'y_range', y_range))
     learn = CFLearner(dls, model.to(dls.device), loss_func=loss_func, **kwargs)
+    learn.fast = fast
     if unk_p: learn.add_cb(IdDropout(unk_p))
     if dls.train_ds.w is not None: learn.add_cb(RowWeights())
+    if isinstance(loss_func, RankingLoss) and not any(isinstance(cb, Negatives) for cb in learn.cbs): learn.add_cb(Negatives())
     return learn

@@ -76,7 +76,12 @@ def top_items(
     scores,recs = (torch.cat([o[j] for o in res]) if res else torch.zeros(0, k) for j in (0,1))
     return recs.long().masked_fill(scores==-torch.inf, -1),scores
 
-# %% ../nbs/10_recommend.ipynb #e54045e1
+# %% ../nbs/10_recommend.ipynb #0e614884
+def _as_index(ids):
+    "One id or several as an Index"
+    return pd.Index([plain(ids)] if np.ndim(ids)==0 else ids)
+
+# %% ../nbs/10_recommend.ipynb #31b1f5c4
 @patch
 def recommend(self:CFLearner,
     users=None, # a user id or several, the caller's own values; None: every user
@@ -90,10 +95,10 @@ def recommend(self:CFLearner,
     dls,k = self.dls,check_pos(k, 'k')
     user,item = dls.cat_names
     m = dls.classes[item]
-    ids = dls.classes[user].ids if users is None else pd.Index(users if is_listy(users) or hasattr(users, '__array__') else [users])
+    ids = dls.classes[user].ids if users is None else _as_index(users)
     unk = ifnone(unk, dls.unk)
     codes = dls.encode_ids(ids, 'user', unk)
-    cands = None if candidates is None else dls.encode_ids(listify(candidates) if not hasattr(candidates, '__array__') else candidates, 'item', 'raise')
+    cands = None if candidates is None else dls.encode_ids(_as_index(candidates), 'item', 'raise')
     with mean_unknown(self.model) if unk=='mean' and (codes==0).any() else nullcontext():
         recs,scores = top_items(self, codes, k, seen='all' if exclude_seen else None, candidates=cands)
     rows,places = (recs>=0).nonzero(as_tuple=True)
@@ -103,7 +108,7 @@ def recommend(self:CFLearner,
     return pd.DataFrame({user: ids.take(rows.cpu().numpy()).to_numpy(), 'rank': places.cpu().numpy()+1,
                          item: m.decode(recs[rows,places]), 'score': scores[rows,places].cpu().numpy()})
 
-# %% ../nbs/10_recommend.ipynb #31c7799a
+# %% ../nbs/10_recommend.ipynb #b2f7d75f
 def _table(learn, role):
     "The factors of users or items, (n, n_factors), on the loaders' device"
     tables = emb_tables(learn.model)[role]
@@ -117,7 +122,7 @@ def similar_items(self:CFLearner,
 )->pd.DataFrame: # columns item, rank (from 1), similar, cosine; nearest first
     "Find the `k` items whose factors have the largest cosine with each of `items`"
     k,item = check_pos(k, 'k'),self.dls.item_name
-    ids = pd.Index(items if is_listy(items) or hasattr(items, '__array__') else [items])
+    ids = _as_index(items)
     codes = self.dls.encode_ids(ids, 'item', 'raise')
     Q = F.normalize(_table(self, 'item'), dim=1)
     sim = Q[codes]@Q.T

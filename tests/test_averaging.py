@@ -1,0 +1,204 @@
+"Averages of weights, snapshots, and draws from the posterior, against what they should be"
+import numpy as np,pandas as pd,pytest,torch
+from torch import nn
+from fastai.callback.core import Callback,CancelStepException
+from fastai.callback.schedule import *
+from cfext import *
+from cfext.averaging import *
+from cfext.averaging import _draw_rows,_hyper,_state
+
+pytestmark = pytest.mark.usefixtures('quiet')
+df = synth_ratings(60, 40, 1000)
+
+def make(model='dot', cbs=None, y_range=(0.5,5.5), bs=101, **kw):
+    dls = CFDataLoaders.from_df(df, item_name='title', seed=3, bs=bs, device='cpu')
+    return cf_learner(dls, model, n_factors=4, y_range=y_range, seed=0, unk_p=0, cbs=cbs, **kw)
+
+def quietly(learn, f='fit', *args, **kwargs):
+    with learn.no_bar(),learn.no_logging(): getattr(learn, f)(*args, **kwargs)
+    return learn
+
+class Spy(Callback):
+    order = 200
+    def __init__(self): self.epochs,self.batches,self.valid = [],[],[]
+    def after_epoch(self): self.epochs.append(_state(self.model))
+    def after_batch(self):
+        if self.training: self.batches.append(_state(self.model))
+    def after_pred(self):
+        if not self.training: self.valid.append(_state(self.model))
+
+def same(a, b, **kw): return all(torch.allclose(a[k], b[k], **{'atol':1e-6, **kw}) for k in a)
+
+def test_swa_is_the_mean_of_epochs():
+    spy = Spy()
+    learn = quietly(make(), 'fit', 5, 0.05, cbs=[SWA(0.4), spy])
+    assert same(_state(learn.model), {k: torch.stack([s[k] for s in spy.epochs[2:]]).mean(0) for k in spy.epochs[0]})
+
+def test_ema_is_the_recursion_and_validates_with_it():
+    spy = Spy()
+    learn = quietly(make(), 'fit', 3, 0.05, cbs=[EMA(0.9), spy])
+    avg = dict(spy.batches[0])
+    ends,n = [],len(learn.dls.train)
+    for j,s in enumerate(spy.batches):
+        if j: avg = {k: 0.9*avg[k]+0.1*s[k] for k in s}
+        if (j+1)%n==0: ends.append(avg)
+    assert all(same(a, b, atol=1e-5) for a,b in zip(spy.valid, ends)) and len(spy.valid)==3
+    assert same(_state(learn.model), ends[-1], atol=1e-5)
+    assert same(spy.epochs[0], spy.batches[n-1]), 'after validation the model goes on with its own weights'
+
+def test_training_is_not_disturbed():
+    a,b = Spy(),Spy()
+    torch.manual_seed(1); quietly(make(), 'fit', 2, 0.05, cbs=a)
+    torch.manual_seed(1); quietly(make(), 'fit', 2, 0.05, cbs=[EMA(0.9), SWA(), Snapshots(), b])
+    assert all(same(x, y, atol=0) for x,y in zip(a.batches, b.batches))
+
+def test_ema_interrupted_while_validating():
+    class Stop(Callback):
+        order = 90
+        def after_pred(self):
+            if not self.training and self.epoch==1: raise KeyboardInterrupt
+    ema,spy = EMA(0.9),Spy()
+    learn = make()
+    with pytest.raises(KeyboardInterrupt): quietly(learn, 'fit', 3, 0.05, cbs=[ema, spy, Stop()])
+    ema.learn = learn
+    ema.before_fit()
+    assert same(_state(learn.model), spy.batches[-1], atol=0)
+
+def test_batch_norm_is_measured_anew():
+    learn = quietly(make('nn', config=dict(layers=[6], use_bn=True)), 'fit', 3, 0.05, cbs=SWA(0.3))
+    with torch.no_grad():
+        m,x = learn.model,torch.cat([b[0] for b in learn.dls.train])
+        h = m.layers[1](m.layers[0](torch.cat([m.user_factors[x[:,0]], m.item_factors[x[:,1]]], 1)))
+    bn = next(o for o in m.modules() if isinstance(o, nn.BatchNorm1d))
+    assert torch.allclose(bn.running_mean, h.mean(0), atol=0.05) and not m.layers[0].weight.isnan().any()
+
+@pytest.mark.parametrize('f,args,n', [('fit_sgdr',(3,1,0.03),3), ('fit_one_cycle',(3,0.03),1), ('fit',(2,0.03),1)])
+def test_snapshots_are_at_the_ends_of_cycles(f, args, n):
+    snaps,spy = Snapshots(),Spy()
+    learn = quietly(make(), f, *args, cbs=[snaps, spy])
+    assert len(snaps.states)==n
+    if f=='fit_sgdr':
+        assert all(same(s, spy.epochs[e], atol=0) for s,e in zip(snaps.states, (0,2,6)))
+    a,b = snaps.members()[-1],learn
+    with a.no_bar(),b.no_bar(): assert torch.equal(a.get_preds()[0], b.get_preds()[0])
+    a.model.item_factors.data.zero_()
+    assert learn.model.item_factors.abs().sum()>0 and a.dls is learn.dls
+
+def test_lr_find_and_prediction_do_not_count():
+    snaps,ema = Snapshots(),EMA()
+    learn = quietly(make(cbs=[snaps, ema]), 'fit', 1, 0.03)
+    before = _state(learn.model)
+    with learn.no_bar(),learn.no_logging():
+        learn.lr_find(show_plot=False, num_it=5)
+        learn.get_preds()
+    assert same(_state(learn.model), before, atol=0)
+
+# the posterior
+
+def dense_draw(starts, cols, resid, V, prior, L, tau):
+    "Means and covariances, a row at a time"
+    for j in range(len(prior)):
+        v,r = V[cols[starts[j]:starts[j+1]]],resid[starts[j]:starts[j+1]]
+        cov = torch.linalg.inv(L+tau*v.T@v)
+        yield cov@(L@prior[j]+tau*v.T@r),cov
+
+def test_rows_are_drawn_from_their_conditional():
+    g = torch.Generator().manual_seed(0)
+    starts,cols = torch.tensor([0,0,2,7]),torch.tensor([0,3,1,4,2,2,0])
+    V,resid,prior = torch.randn(5,3, generator=g),torch.randn(7, generator=g),torch.randn(3,3, generator=g)
+    L = torch.eye(3)*2+0.3
+    Z = torch.stack([_draw_rows(starts, cols, resid, V, prior, L, 1.7, g) for _ in range(1200)])
+    for j,(mean,cov) in enumerate(dense_draw(starts, cols, resid, V, prior, L, 1.7)):
+        assert torch.allclose(Z[:,j].mean(0), mean, atol=0.08) and torch.allclose(Z[:,j].T.cov(), cov, atol=0.08)
+
+def test_hyper_parameters_find_the_rows_they_came_from():
+    g = torch.Generator().manual_seed(1)
+    A = torch.tensor([[1.,0,0],[0.5,1,0],[0,-0.3,0.7]])
+    Z = torch.randn(4000,3, generator=g)@A.T+torch.tensor([1.,-1,0])
+    draws = [_hyper(Z, g) for _ in range(40)]
+    assert torch.allclose(torch.stack([m for m,_ in draws]).mean(0), torch.tensor([1.,-1,0]), atol=0.06)
+    assert torch.allclose(torch.linalg.inv(torch.stack([L for _,L in draws]).mean(0)), A@A.T, atol=0.1)
+
+def test_gibbs_repeats_and_beats_a_point_estimate():
+    runs = []
+    for _ in range(2):
+        cb = GibbsMF(5, 1, seed=4)
+        runs.append(quietly(make(y_range=None), 'fit', 25, cbs=cb))
+    assert same(_state(runs[0].model), _state(runs[1].model), atol=0)
+    members,y = cb.members(),runs[0].dls.valid_ds.y
+    assert len(members)==20
+    P = []
+    for m in members:
+        with m.no_bar(): P.append(m.get_preds()[0])
+    point = quietly(make(), 'fit_one_cycle', 5, 0.05, wd=0.1)
+    with point.no_bar(): p = point.get_preds()[0]
+    assert ((torch.stack(P).mean(0)-y)**2).mean() < min(((p-y)**2).mean(), ((P[-1]-y)**2).mean())
+    assert runs[0].model.user_factors[0].abs().max()<2 and 0.5<cb.tau<10
+
+def test_gibbs_leaves_the_generators_alone():
+    torch.manual_seed(3)
+    learn = make(y_range=None)
+    before = torch.get_rng_state()
+    cb = GibbsMF(1, 1)
+    cb.learn,learn.epoch,learn.n_epoch = learn,0,1
+    cb.before_fit(); cb.sweep()
+    assert torch.equal(before, torch.get_rng_state())
+
+def test_features():
+    dls = make().dls
+    u,i = rated_features(dls)
+    x = dls.train_ds.x.long()
+    assert u.shape==(dls.n_users,dls.n_items) and i.shape==(dls.n_items,dls.n_users)
+    k = int(x[0,0])
+    assert (u[k]>0).nonzero()[:,0].tolist()==sorted(x[x[:,0]==k,1].tolist()) and u[0].sum()==0
+    table = df.drop_duplicates('title').set_index('title')
+    f = cat_features(dls, 'item', table[3:], ['genre','timestamp'])
+    known = dls.classes['title'].ids
+    j = next(j for j,t in enumerate(known) if t in table.index[3:])
+    assert f.shape==(dls.n_items,1+table.genre[3:].nunique()) and f[0].sum()==0 and f[j+1,0]==table.timestamp[known[j]]
+    lost = [j for j,t in enumerate(known) if t in table.index[:3]]
+    assert all(f[j+1].sum()==0 for j in lost)
+    with pytest.raises(ValueError, match='is not a column'): cat_features(dls, 'item', table, ['colour'])
+
+def test_langevin_in_a_known_posterior():
+    class Mean(nn.Module):
+        def __init__(self): super().__init__(); self.m = nn.Parameter(torch.zeros(1))
+        def forward(self, x): return self.m.expand(len(x), 1)
+    learn,l = make(Mean(), bs=800),Langevin(0.3, tau=2., lam=5., cycles=1, explore=0.)
+    l.learn,l.phase,learn.n_epoch,seen = learn,lambda: 0.,1,[]
+    l.before_fit()
+    x,y = learn.dls.train_ds.x.long(),learn.dls.train_ds.y
+    for _ in range(4000):
+        learn.model.zero_grad()
+        ((learn.model(x)-y)**2).mean().backward()
+        with pytest.raises(CancelStepException): l.before_step()
+        seen.append(learn.model.m.item())
+    seen = np.array(seen[100:])
+    assert abs(seen.mean()-2*y.sum().item()/(5+2*len(y)))<0.01, 'mean of the posterior'
+    assert abs(seen.std()/(5+2*len(y))**-0.5-1)<0.2, 'its standard deviation'
+
+def test_langevin_keeps_only_what_it_drew():
+    l = Langevin(cycles=2, explore=0.5)
+    quietly(make(), 'fit', 8, cbs=l)
+    assert len(l.states)==4 and len(l.members())==4
+
+@pytest.mark.parametrize('f,err,msg', [
+    (lambda: SWA(1.), ValueError, '`start`=1.0'), (lambda: EMA(0), ValueError, '`decay`=0'), (lambda: GibbsMF(lam=0), ValueError, '`lam`=0'),
+    (lambda: GibbsMF(every=0), ValueError, '`every`=0'), (lambda: Langevin(eps=0), ValueError, '`eps`=0'), (lambda: Langevin(cycles=0), ValueError, '`cycles`=0'),
+    (lambda: quietly(make(), 'fit', 1, cbs=GibbsMF()), TypeError, 'without `y_range`'), (lambda: quietly(make('nn'), 'fit', 1, cbs=GibbsMF()), TypeError, 'DotProductBias'),
+    (lambda: quietly(make(y_range=None), 'fit', 1, cbs=GibbsMF(user_x=torch.zeros(3,2))), ValueError, '`user_x` is of shape'),
+    (lambda: GibbsMF().members(), ValueError, 'has kept no weights'), (lambda: dropout_members(make()), ValueError, 'has no dropout'),
+    (lambda: dropout_members(make('nn', config=dict(layers=[5], ps=0.3)), 0), ValueError, '`n`=0')])
+def test_bad_input(f, err, msg):
+    with pytest.raises(err, match=msg): f()
+
+def test_dropout_members():
+    learn = quietly(make('nn', config=dict(layers=[9], ps=0.4)), 'fit', 1, 0.02)
+    members = dropout_members(learn, 3)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    x = learn.dls.valid_ds.x.long()[:7]
+    p,q,p2 = members[0].model(x),members[1].model(x),members[0].model(x)
+    assert torch.equal(p, p2) and not torch.equal(p, q) and p.shape==(7,1)
+    assert torch.equal(before, torch.get_rng_state()) and not any(m.training for m in members[0].model.eval().modules())
+    assert members[0].model.score_items(x[:2,0]).shape==(2,learn.dls.n_items)

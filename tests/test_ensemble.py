@@ -1,0 +1,292 @@
+"Ensembles: greedy selection against a naive one, folds that go on after a kill, members that do not fit"
+import os,signal,subprocess,sys,time
+from pathlib import Path
+
+import numpy as np,pandas as pd,pytest,torch
+from sklearn.linear_model import Ridge
+from cfext import *
+from cfext.blend import *
+from cfext.blend import _metric
+from cfext.folds import *
+from cfext.ensemble import *
+from conftest import root
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+def make(df, splitter, seed, model='dot', epochs=1):
+    dls = CFDataLoaders.from_df(df, item_name='title', splitter=splitter, seed=seed, bs=101, device='cpu')
+    learn = cf_learner(dls, model, n_factors=4, y_range=(0.5,5.5), seed=seed)
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(epochs, 0.05, wd=0.1)
+    return learn
+
+@pytest.fixture(scope='module')
+def df(): return synth_ratings(60, 40, 1000)
+
+# greedy selection
+
+def naive_greedy(P, y, error, n):
+    "Caruana's selection in the slowest way: every ensemble is averaged from its members again"
+    picks,errors = [],[]
+    for _ in range(n):
+        trials = [error(np.mean([P[j] for j in picks+[c]], axis=0), y) for c in range(len(P))]
+        picks.append(trials.index(min(trials)))
+        errors.append(min(trials))
+    return picks[:errors.index(min(errors))+1]
+
+@pytest.mark.parametrize('seed', range(8))
+@pytest.mark.parametrize('name', ['rmse','mae'])
+def test_greedy_picks_are_those_of_the_naive_selection(seed, name):
+    rng = np.random.default_rng(seed)
+    n,m = rng.integers(20, 120),rng.integers(2, 9)
+    y = rng.normal(size=n)
+    P = [y*rng.uniform(0.5, 1.2)+rng.normal(0, rng.uniform(0.3, 2), n)+rng.normal(0, 0.3) for _ in range(m)]
+    error = dict(rmse=lambda p,y: ((p-y)**2).mean()**0.5, mae=lambda p,y: np.abs(p-y).mean())[name]
+    picks = naive_greedy(P, y, error, 30)
+    assert greedy_picks(P, lambda p: -error(p, y), 30) == picks
+    blend = greedy_blend(P, y, name, n_steps=30, n_boot=3, cv=2)
+    np.testing.assert_allclose(list(blend.weights.values()), np.bincount(picks, minlength=m)/len(picks))
+
+def test_greedy_on_classes_and_on_a_metric_to_be_made_large():
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 3, 90)
+    P = [np.exp(rng.normal(size=(90,3))+s*np.eye(3)[y]) for s in (0.2,2.,1.)]
+    P = [p/p.sum(1, keepdims=True) for p in P]
+    acc = lambda p,y: (p.argmax(1)==y).mean()
+    blend = greedy_blend(P, y, acc, n_boot=20)
+    assert blend.larger is True and blend.best=='m1' and blend.predict(P).shape==(90,3)
+    picks = naive_greedy(P, y, lambda p,y: -acc(p, y), 50)
+    np.testing.assert_allclose(list(blend.weights.values()), np.bincount(picks, minlength=3)/len(picks))
+
+def test_bagged_selection_is_the_mean_of_selections_and_repeats():
+    rng = np.random.default_rng(2)
+    y = rng.normal(size=80)
+    P = [y+rng.normal(0, s, 80) for s in (0.5,0.6,0.7,0.8,0.9)]
+    a,b = (greedy_blend(P, y, n_bags=6, n_boot=3, seed=4).weights for _ in range(2))
+    assert a==b and abs(sum(a.values())-1)<1e-9 and sum(w>0 for w in a.values())>2
+
+def test_state_of_the_generators_is_left_alone(df):
+    np.random.seed(3); torch.manual_seed(3)
+    before = np.random.get_state()[1].copy(),torch.get_rng_state()
+    fit_folds(make, df, k=2)
+    greedy_blend([df.rating+1, df.rating*0.9], df.rating, n_boot=3, n_bags=3)
+    assert (np.random.get_state()[1]==before[0]).all() and torch.equal(torch.get_rng_state(), before[1])
+
+# what a blend is worth
+
+def test_gain_of_noise_is_not_found():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=300)
+    P = [rng.normal(size=300)*0.01 for _ in range(30)]
+    for blend in (greedy_blend(P, y, n_boot=50), stack(P, y, 'ridge', n_boot=50), stack(P, y, 'nnls', n_boot=50)):
+        assert blend.interval[0] <= 0.01 and blend.gain < 0.01, 'noise looks like a gain: it was measured on the rows of the fit'
+
+def test_gain_across_parts_by_hand():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=60)
+    P = [y+rng.normal(0, 1, 60), y+rng.normal(0, 1.1, 60)]
+    blend = stack(P, y, Ridge(1.), cv=3, seed=5, n_boot=5)
+    order,across,base = np.random.default_rng(5).permutation(60),np.zeros(60),np.zeros(60)
+    for part in np.array_split(order, 3):
+        rest = np.setdiff1d(np.arange(60), part)
+        across[part] = Ridge(1.).fit(np.stack(P, 1)[rest], y[rest]).predict(np.stack(P, 1)[part])
+        base[part] = P[int(np.argmin([((p-y)[rest]**2).mean() for p in P]))][part]
+    gain = ((base-y)**2).mean()**0.5 - ((across-y)**2).mean()**0.5
+    assert abs(blend.gain-gain)<1e-9 and abs(blend.score-((across-y)**2).mean()**0.5)<1e-9
+
+def test_bootstrap_of_groups_draws_them_whole():
+    y,g = np.zeros(12),np.repeat([0,1,2], 4)
+    p = np.repeat([1.,2.,3.], 4)
+    sizes = []
+    def spy(p, y, g):
+        sizes.append(sorted(np.bincount(g)[np.bincount(g)>0].tolist()))
+        return float(p.mean())
+    bootstrap_gain(spy, p, p, y, g, n_boot=9)
+    assert all(s==[4,4,4] for s in sizes)
+
+def test_ndcg_against_a_loop():
+    rng = np.random.default_rng(0)
+    g,y,p = rng.integers(0, 7, 50),rng.integers(0, 4, 50),rng.normal(size=50)
+    res = []
+    for u in range(7):
+        dcg = lambda by: sum(y[g==u][j]/np.log2(r+2) for r,j in enumerate(np.argsort(-by[g==u], kind='stable')[:3]))
+        if dcg(y.astype(float)): res.append(dcg(p)/dcg(y.astype(float)))
+    assert abs(grouped_ndcg(p, y, g, k=3)-np.mean(res))<1e-12
+
+# bad input of blends
+
+@pytest.mark.parametrize('preds,msg', [
+    ([], 'nothing to blend'), ({'a':[1,2,3]}, "member 'a' has 3 predictions for 4 targets"), ({'a':[1,2,3,4.], 'b':[1,2,np.nan,4]}, "member 'b' predicts NaN in 1 of 4 rows"),
+    ({'a':[1,2,3,4.], 'b':np.ones((4,3))}, "member 'b' predicts shape"), ({'a':pd.Series([1.,2,3,4], index=[0,1,2,9])}, "member 'a' has no prediction for 1 of 4 rows"),
+    ({'a':pd.Series([1.,2,3,4], index=[0,0,1,2])}, 'cannot align')])
+def test_members_that_do_not_fit(preds, msg):
+    for f in (greedy_blend,stack):
+        with pytest.raises(ValueError, match=msg): f(preds, pd.Series([1.,2,3,5]))
+
+def test_rows_in_another_order_are_aligned():
+    rng = np.random.default_rng(0)
+    y = pd.Series(rng.normal(size=40), index=[f'r{j}' for j in range(40)])
+    p = y+rng.normal(0, 0.5, 40)
+    q = y+rng.normal(0, 0.5, 40)
+    a,b = greedy_blend(dict(p=p, q=q), y, n_boot=3),greedy_blend(dict(p=p.sample(frac=1, random_state=1), q=q[::-1]), y, n_boot=3)
+    assert a.weights==b.weights and a.gain==b.gain
+
+def test_metric_of_the_wrong_direction():
+    y = np.arange(9.)
+    with pytest.raises(ValueError, match='pass `larger=False`'): greedy_blend([y+1, y*2], y, 'mae', larger=True)
+    with pytest.raises(ValueError, match='does not tell which direction'): greedy_blend([y+1, y*2], y, lambda p,y: 1.)
+    with pytest.raises(ValueError, match="`metric`='auc' is not one of"): greedy_blend([y+1, y*2], y, 'auc')
+    with pytest.raises(ValueError, match='`cv`=10 parts of 9 rows'): greedy_blend([y+1, y*2], y, cv=10)
+    with pytest.raises(ValueError, match='targets are missing'): greedy_blend([y+1], np.where(y==3, np.nan, y))
+
+# folds
+
+@pytest.mark.parametrize('by', ['random','time','user','stratified'])
+def test_every_row_is_predicted_once_in_the_callers_order(df, by):
+    shuffled = df.sample(frac=1, random_state=2)
+    frame = shuffled.copy()
+    folds = fit_folds(make, shuffled, k=3, by=by)
+    pd.testing.assert_frame_equal(shuffled, frame)
+    assert folds.oof.index.equals(shuffled.index) and not folds.oof.isna().any()
+    for j,(tr,va) in enumerate(folds.rows):
+        some = shuffled.iloc[va[:5]]
+        np.testing.assert_allclose(folds.oof.loc[some.index], predict_rows(folds.learners[j], some)[:,0], rtol=1e-5)
+        assert not np.intersect1d(tr, va).size and len(tr)+len(va)==len(df)
+
+def test_past_bags_published_folds_and_seeds(df):
+    past = fit_folds(make, df, k=4, by='past')
+    first = np.argsort(df.timestamp.to_numpy(), kind='stable')[:250]
+    assert past.oof.isna().to_numpy().nonzero()[0].tolist()==sorted(first) and len(past.learners)==3
+    bags = fit_folds(make, df, k=3, by='bag')
+    assert all(abs(len(va)/len(df)-np.exp(-1))<0.01 for _,va in bags.rows)
+    given = np.where(np.arange(len(df))%5==0, 0, -1)
+    seeds = fit_folds(make, df, by=given, n_seeds=3)
+    each = [predict_rows(l, df[given==0])[:,0].numpy() for l in seeds.learners]
+    np.testing.assert_allclose(seeds.oof[given==0], np.mean(each, 0), rtol=1e-5)
+    assert len(each)==3 and seeds.oof[given==-1].isna().all() and not np.allclose(each[0], each[1])
+
+script = '''
+import sys,time
+from pathlib import Path
+from test_ensemble import *
+out,stop = Path(sys.argv[1]),sys.argv[2]=='stop'
+def logged(df, splitter, seed):
+    with open(out/'log', 'a') as f: f.write(f'{seed} ')
+    if stop and seed==2:
+        (out/'waiting').touch()
+        time.sleep(600)
+    return make(df, splitter, seed)
+fit_folds(logged, synth_ratings(60, 40, 1000), k=5, path=out/'folds').oof.to_frame().to_pickle(out/'oof')
+'''
+
+def test_killed_in_the_third_fold(df, tmp_path):
+    env = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), str(root/'tests')]), 'OMP_NUM_THREADS':'1'}
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', script, tmp_path, 'stop'], env=env)
+    end = time.time()+120
+    while not (tmp_path/'waiting').exists() and p.poll() is None and time.time()<end: time.sleep(0.2)
+    p.send_signal(signal.SIGKILL)
+    assert p.wait()==-signal.SIGKILL and (tmp_path/'log').read_text()=='0 1 2 '
+    trained = []
+    def logged(df, splitter, seed):
+        trained.append(seed)
+        return make(df, splitter, seed)
+    again = fit_folds(logged, df, k=5, path=tmp_path/'folds')
+    assert trained==[2,3,4]
+    pd.testing.assert_series_equal(again.oof, fit_folds(make, df, k=5).oof)
+    assert len(again.learners)==5
+    np.testing.assert_allclose(predict_rows(again.learners[0], df.iloc[again.rows[0][1]])[:,0], again.oof.iloc[again.rows[0][1]], rtol=1e-6)
+
+def test_spoiled_folds(df, tmp_path):
+    a = fit_folds(make, df, k=2, path=tmp_path)
+    (tmp_path/'fold1-seed0.npy').write_bytes(b'half')
+    with pytest.warns(UserWarning, match='is not readable; this fold is trained again'): b = fit_folds(make, df, k=2, path=tmp_path)
+    pd.testing.assert_series_equal(a.oof, b.oof)
+    for change in (dict(k=3), dict(seed=1), dict(tag='other')):
+        with pytest.raises(ValueError, match='holds folds of another'): fit_folds(make, df, path=tmp_path, **{'k':2, **change})
+    with pytest.raises(ValueError, match='holds folds of another frame'): fit_folds(make, df.assign(rating=df.rating+1), k=2, path=tmp_path)
+
+def test_folds_that_cannot_be(df):
+    with pytest.raises(ValueError, match='`k`=1001 folds of 1000 rows'): fit_folds(make, df, k=1001)
+    with pytest.raises(ValueError, match='would train on a constant target'): fit_folds(make, df.assign(rating=1.), k=2)
+    with pytest.raises(ValueError, match='should be a whole number of at least 2'): fit_folds(make, df, k=1)
+    with pytest.raises(TypeError, match='should return a fitted Learner, got NoneType'): fit_folds(lambda *a: None, df, k=2)
+    with pytest.raises(ValueError, match='the splitter of this fold is for 1000 rows, it got 500'): fit_folds(lambda df,s,seed: make(df[:500], s, seed), df, k=2)
+    with pytest.raises(ValueError, match='pass `splitter` to its loaders'): fit_folds(lambda df,s,seed: make(df, lambda o: (np.arange(len(o)),[]), seed), df, k=2)
+    odd = df.assign(rating=np.where(np.arange(len(df))<250, 3., df.rating))
+    with pytest.warns(UserWarning, match='holds out a constant target'): fit_folds(make, odd, by=np.arange(1000)//250)
+
+# ensembles
+
+@pytest.fixture(scope='module')
+def members(df): return [make(df, lambda o: fold_rows(o, 4)[0], s, m) for s,m in ((0,'dot'),(1,'nn'),(2,DotProduct))]
+
+def test_merged_is_the_members_merged(df, members):
+    some = df.sample(7, random_state=0)
+    each = torch.stack([m.predict(some)[2] for m in members])
+    w = np.array([0.5,0.2,0.3])
+    assert torch.allclose(Ensemble(members).predict(some)[1], each.mean(0), atol=1e-6)
+    frame,p,sd = Ensemble(members, w.tolist()).predict(some)
+    assert torch.allclose(p, (each*torch.tensor(w)[:,None,None].float()).sum(0), atol=1e-6) and p.shape==(7,1)
+    assert torch.allclose(Ensemble(members).predict(some)[2], each.std(0, correction=0), atol=1e-5)
+    assert torch.allclose(Ensemble(members, method='gmean').predict(some)[1], each.log().mean(0).exp(), atol=1e-5)
+    assert frame.title.tolist()==some.title.tolist() and frame.columns.tolist()==['user','title','pred','spread']
+    one = torch.cat([Ensemble(members).predict(r)[1] for _,r in some.iterrows()])
+    assert torch.allclose(one, Ensemble(members).predict(some)[1], atol=1e-6)
+
+def test_lists_are_those_of_the_mean_scores(df, members):
+    ens,user = Ensemble(members),int(df.user.iloc[0])
+    recs = ens.recommend(user, k=5)
+    unseen = [t for t in df.title.unique() if t not in set(df.title[df.user==user]) and all(t in set(m.dls.classes['title'].ids) for m in members)]
+    scores = ens.predict(pd.DataFrame(dict(user=user, title=unseen)))[1][:,0]
+    best = scores.topk(5)
+    assert recs.title.tolist()==[unseen[j] for j in best.indices]
+    np.testing.assert_allclose(recs.score, best.values, rtol=1e-5)
+
+def test_members_of_different_ids(df):
+    halves = [make(df[df.user<=40], None, 0), make(df[df.user>20], None, 1)]
+    ens = Ensemble(halves)
+    assert ens.recommend([5,60], k=3).user.tolist()==[5]*3+[60]*3
+    with pytest.raises(UnknownIdError): ens.predict((60, df.title.iloc[0]))
+    with pytest.raises(ValueError, match='holds out'): ens.get_preds()
+
+def test_aligned_by_id_or_refused(df, members):
+    tr,va = fold_rows(df, 4)[0]
+    back = make(df[::-1].reset_index(drop=True), lambda o: (len(df)-1-tr, len(df)-1-va), 5)
+    p,y = Ensemble([members[0], back]).get_preds()
+    assert torch.allclose(p, (members[0].predict(df.iloc[np.sort(va)])[2]+back.predict(df.iloc[np.sort(va)])[2])/2, atol=1e-6)
+    other = make(df.assign(rating=6-df.rating), lambda o: (tr,va), 5)
+    with pytest.raises(ValueError, match="member 'm1' has other targets than member 'm0' for the same rows"): Ensemble([members[0], other]).get_preds()
+
+def test_bad_ensembles(df, members, tmp_path):
+    with pytest.raises(ValueError, match='at least one member'): Ensemble([])
+    with pytest.raises(TypeError, match="member 'm0' should be a Learner"): Ensemble([3])
+    with pytest.raises(ValueError, match='sum to 1.2'): Ensemble(members, [0.4,0.4,0.4])
+    with pytest.raises(ValueError, match='2 `weights` for 3 members'): Ensemble(members, [0.5,0.5])
+    with pytest.raises(ValueError, match='should be at least 0'): Ensemble(members, [1.5,-0.5,0.])
+    with pytest.raises(ValueError, match='the members are'): Ensemble(members, dict(a=1.))
+    with pytest.raises(ValueError, match="`clip`="): Ensemble(members, clip=(5,1))
+    with pytest.raises(BundleError, match="member 'm1': .*holds no bundle"): Ensemble([members[0], tmp_path])
+    lost = make(df, lambda o: fold_rows(o, 4)[0], 1)
+    with torch.no_grad(): lost.model.item_bias[5] = float('nan')
+    with pytest.raises(ValueError, match="member 'lost' predicts NaN"): Ensemble(dict(ok=members[0], lost=lost)).predict(df)
+    with pytest.raises(ValueError, match="was trained on 750 of these 1000 rows"): Ensemble(members).fit_weights(df)
+
+def test_in_turn_leaves_models_where_they_were(df, members):
+    ens = Ensemble(members, device='cpu', in_turn=True)
+    assert torch.equal(ens.predict(df[:5])[1], Ensemble(members).predict(df[:5])[1])
+    assert ens.recommend(1, k=3).equals(Ensemble(members).recommend(1, k=3))
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_in_turn_on_a_gpu(df, members):
+    ens = Ensemble(members, device='cuda', in_turn=True)
+    assert torch.allclose(ens.predict(df[:5])[1], Ensemble(members).predict(df[:5])[1], atol=1e-5)
+    assert all(p.device.type=='cpu' for m in members for p in m.model.parameters())
+
+def test_bundles(df, members, tmp_path):
+    ens = Ensemble(dict(zip('abc', members)), [0.5,0.2,0.3], clip=(1,5))
+    ens.save_bundle(tmp_path/'e')
+    assert torch.equal(load_ensemble(tmp_path/'e', device='cpu').predict(df[:9])[1], ens.predict(df[:9])[1])
+    ens.save_bundle(tmp_path/'e')
+    assert len([o for o in (tmp_path/'e').iterdir()])==4, 'an older ensemble is cleared away'
+    (tmp_path/'e'/'ensemble.json').write_text('{"kind"')
+    with pytest.raises(BundleError, match='is not readable as JSON'): load_ensemble(tmp_path/'e')
