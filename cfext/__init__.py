@@ -3,7 +3,7 @@ __version__ = "0.0.1"
 
 from . import (core,sources,data,embed,models,losses,negatives,closed,loop,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
-    interpret,blend,bundle,folds,ensemble,seq_data,seq_models,sequence)
+    interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 from .core import *
 from .sources import *
 from .data import *
@@ -24,6 +24,8 @@ from .newcomers import *
 from .maps import *
 from .interpret import *
 from .blend import *
+from .tables import *
+from .features import *
 from .bundle import *
 from .folds import *
 from .ensemble import *
@@ -33,5 +35,5 @@ from .sequence import *
 
 _modules = (core,sources,data,embed,models,losses,negatives,closed,loop,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
-    interpret,blend,bundle,folds,ensemble,seq_data,seq_models,sequence)
+    interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 __all__ = [n for m in _modules for n in m.__all__]
