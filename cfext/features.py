@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_array,check_is_fitted,_check_feature_
 from .core import *
 from .tables import *
 
-# %% ../nbs/13b_features.ipynb #69acaff5
+# %% ../nbs/13b_features.ipynb #90adc146
 class _Lookup:
     "Columns of a set of tables, ready to be filled in for rows"
     def __init__(self, tables, form, unk, groups):
@@ -39,8 +39,8 @@ class _Lookup:
     def _coder(self, t, col, name):
         "A function from a slice to the rows of `t` for it; the values of a `category` column are looked up once"
         if not isinstance(col.dtype, pd.CategoricalDtype): return lambda sl: t.encode(col.iloc[sl], name)
-        codes,rows = col.cat.codes,np.append(t.encode(col.cat.categories, name), 0 if t.counts[0]>0 else -1)
-        return lambda sl: rows[codes.iloc[sl].to_numpy()]
+        codes,rows = col.array.codes,np.append(t.encode(col.cat.categories, name), 0 if t.counts[0]>0 else -1)
+        return lambda sl: rows[codes[sl]]
 
     def _fill(self, X, out, rows=None, step=2**17):
         "Write the columns of `X` into `out`, or into its `rows`"
