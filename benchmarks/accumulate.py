@@ -5,7 +5,7 @@
 Time is that of the batch loop alone, runs interleaved, as the median of paired ratios. Memory is measured twice, since a CPU
 has no allocator that keeps a peak: bytes of the tensors that autograd saved for the backward pass at the worst moment
 (counted exactly, with hooks), and the growth of the process's peak resident size over a fit, each in a process of its own."""
-import argparse,json,os,platform,resource,statistics,subprocess,sys,time,weakref
+import argparse,json,os,platform,statistics,subprocess,sys,time,weakref
 from pathlib import Path
 
 import torch
@@ -72,14 +72,20 @@ def saved_bytes(kind, bs, cbs=None, n=512):
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.t): learn.fit(1, 1e-4)
     return peak[0]
 
+def hwm():
+    "Peak resident size of this process in MiB since `reset_hwm` (Linux)"
+    return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))/1024
+def reset_hwm(): Path('/proc/self/clear_refs').write_text('5')
+
 def rss_growth(kind, bs, acc, n=512):
-    "MiB by which the peak resident size of a fresh process grows over one fit"
+    "MiB by which the resident size of a fresh process grows, at its peak, over one fit"
     learn = learner(kind, bs, n, [GradientAccumulator(acc)] if acc else None)
     tiny = learner(kind, 2, 4)
     tiny.fit(1, 1e-4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_hwm()
+    before = hwm()
     learn.fit(1, 1e-4)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024
+    return hwm()-before
 
 def memory(kind='cnn', bs=32, k=8, repeats=3):
     def sub(b, acc):
@@ -92,7 +98,7 @@ def memory(kind='cnn', bs=32, k=8, repeats=3):
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser()
-    ap.add_argument('--out'), ap.add_argument('--rss'), ap.add_argument('--repeats', type=int, default=21)
+    ap.add_argument('--out'), ap.add_argument('--rss'), ap.add_argument('--repeats', type=int, default=21), ap.add_argument('--part', default='time,memory')
     a = ap.parse_args()
     if a.rss:
         kind,bs,acc = a.rss.split(',')
@@ -100,9 +106,11 @@ if __name__=='__main__':
         sys.exit()
     import psutil,fastai,cfext
     cpu = first(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')) if Path('/proc/cpuinfo').exists() else platform.processor()
-    res = dict(date=str(date.today()), machine=dict(cpus=os.cpu_count(), model=cpu, ram_gib=round(psutil.virtual_memory().total/2**30)),
+    here = dict(date=str(date.today()), machine=dict(cpus=os.cpu_count(), model=cpu, ram_gib=round(psutil.virtual_memory().total/2**30)),
         versions=dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, cfext=cfext.__version__),
-        command=f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS','')} python benchmarks/accumulate.py {' '.join(sys.argv[1:])}",
-        time=dict(mlp=times('mlp', 64, 4, 64*100, a.repeats), cnn=times('cnn', 16, 4, 16*20, a.repeats), dot=times('dot', 64, 4, 64*60, a.repeats)), memory=memory())
+        command=f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS','')} python benchmarks/accumulate.py {' '.join(sys.argv[1:])}")
+    res = json.loads(Path(a.out).read_text()) if a.out and Path(a.out).exists() else {}
+    if 'memory' in a.part: res['memory'] = dict(**here, **memory())
+    if 'time' in a.part: res['time'] = dict(**here, mlp=times('mlp', 64, 4, 64*100, a.repeats), cnn=times('cnn', 16, 4, 16*20, a.repeats), dot=times('dot', 64, 4, 64*60, a.repeats))
     print(json.dumps(res, indent=1))
     if a.out: Path(a.out).write_text(json.dumps(res, indent=1)+'\n')
