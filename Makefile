@@ -28,7 +28,7 @@ demo: setup ## train, evaluate and ask a recommender: DATA=a ratings file or fol
 	$(BIN)/cfext similar $(OUT)
 
 test: setup ## run every notebook, then tests/
-	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers $(JOBS) --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(JOBS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations 10 tests
 
 export: setup ## notebooks -> modules
