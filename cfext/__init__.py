@@ -1,7 +1,7 @@
 "fastai's collaborative filtering, finished: learners, callbacks and tools for embeddings and recommenders"
 __version__ = "0.0.1"
 
-from . import (core,sources,data,embed,models,losses,negatives,closed,loop,
+from . import (core,sources,data,embed,models,losses,negatives,closed,graph,loop,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
     interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 from .core import *
@@ -12,6 +12,7 @@ from .models import *
 from .losses import *
 from .negatives import *
 from .closed import *
+from .graph import *
 from .loop import *
 from .learner import *
 from .callbacks import *
@@ -33,7 +34,7 @@ from .seq_data import *
 from .seq_models import *
 from .sequence import *
 
-_modules = (core,sources,data,embed,models,losses,negatives,closed,loop,
+_modules = (core,sources,data,embed,models,losses,negatives,closed,graph,loop,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
     interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 __all__ = [n for m in _modules for n in m.__all__]

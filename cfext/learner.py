@@ -102,7 +102,7 @@ def as_cf_dls(
     return CFDataLoaders(ResidentDL(dss[0], bs=dls.train.bs, shuffle=True, device=dls.device),
                          ResidentDL(dss[1], bs=dls.valid.bs, device=dls.device), path=dls.path, device=dls.device)
 
-# %% ../nbs/06_learner.ipynb #f30f740c
+# %% ../nbs/06_learner.ipynb #094b0039
 def _emb_szs(dls, emb_szs):
     "((n_users,width), (n_items,width)) from fastai's rule, a dict {column: width}, or two (n,width) pairs"
     if emb_szs is None or isinstance(emb_szs, dict): return get_emb_sz(dls.train_ds, emb_szs)
@@ -121,7 +121,8 @@ def _make_model(dls, model, n_factors, y_range, emb_szs, config):
     if isinstance(model, type) and issubclass(model, nn.Module):
         args = dict(n_factors=n_factors, y_range=y_range)
         takes = inspect.signature(model.__init__).parameters
-        return model(dls.n_users, dls.n_items, **{**{k:v for k,v in args.items() if k in takes}, **config})
+        kwargs = {**{k:v for k,v in args.items() if k in takes}, **config}
+        return model.from_dls(dls, **kwargs) if hasattr(model, 'from_dls') else model(dls.n_users, dls.n_items, **kwargs)
     raise ValueError(f"`model`={model!r} should be 'dot', 'nn', a class of modules or a module")
 
 # %% ../nbs/06_learner.ipynb #6e9f780b

@@ -18,7 +18,7 @@ from fastcore.basics import *
 from .core import *
 from .embed import *
 
-# %% ../nbs/03_models.ipynb #3f1f15e2
+# %% ../nbs/03_models.ipynb #04770493
 def score_by_forward(
     model:nn.Module, # takes codes (n,2), gives n scores in any shape
     users:Tensor, # (n,) long codes of users
@@ -48,6 +48,13 @@ class CFModel(nn.Module):
         self.config = dict(n_users=self.n_users, n_items=self.n_items, y_range=y_range, **config)
     def squash(self, res): return res if self.y_range is None else sigmoid_range(res, *self.y_range)
     def score_items(self, users): return score_by_forward(self, users, self.n_items)
+    @classmethod
+    def from_dls(cls, dls, **kwargs): return cls(dls.n_users, dls.n_items, **kwargs)
+    @classmethod
+    def restore(cls, config, state):
+        model = cls(**config)
+        model.load_state_dict(state)
+        return model
 
 # %% ../nbs/03_models.ipynb #b161ca00
 class DotProduct(CFModel):
