@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['BuiltFactors', 'norm_adjacency', 'LightGCN']
 
-# %% ../nbs/04c_graph.ipynb #43ac7729
+# %% ../nbs/04c_graph.ipynb #b66d2767
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn,Tensor
@@ -16,7 +18,7 @@ from .models import *
 from .negatives import *
 from .closed import *
 
-# %% ../nbs/04c_graph.ipynb #531fb49e
+# %% ../nbs/04c_graph.ipynb #aeed38eb
 class BuiltFactors(CFModel):
     "A dot product of factors that are computed; a subclass defines `build(role, codes)`"
     def _key(self): return [(p._version, p.data_ptr(), p.dtype, p.device) for p in [*self.parameters(), *self.buffers()]]
@@ -28,7 +30,11 @@ class BuiltFactors(CFModel):
             self.__dict__['_kept'] = (key, (P,Q,bu,bi))
         return self._kept[1]
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_kept','_live','_graph')}
-    user_factors,item_factors,user_bias,item_bias = (property(lambda self, j=j: self.kept()[j]) for j in range(4))
+    def _table(self, j, name):
+        if (t := self.kept()[j]) is None: raise AttributeError(f"{type(self).__name__} has no {name}")
+        return t
+    user_factors,item_factors,user_bias,item_bias = (property(lambda self, j=j, n=n: self._table(j, n))
+        for j,n in enumerate(('user_factors','item_factors','user_bias','item_bias')))
     def sides(self,
         role:str, # 'user' or 'item'
         codes:Tensor|None=None, # long codes, any shape; None: all
@@ -64,7 +70,7 @@ def score_pairs(self:BuiltFactors,
     else: q,bi = (None if t is None else F.embedding(items, t) for t in self.sides('item'))
     return self.add_up(p@q.T if items.ndim==1 else torch.bmm(q, p[:,:,None])[:,:,0], bu, None if bi is None else bi[...,0])
 
-# %% ../nbs/04c_graph.ipynb #0065a52e
+# %% ../nbs/04c_graph.ipynb #9ca8d1cd
 class _Flow(torch.autograd.Function):
     "The product of a sparse matrix and a table; the gradient is the product with the transpose"
     @staticmethod
@@ -85,7 +91,9 @@ def norm_adjacency(
     val = (n[users]*d[items]).float().rsqrt()
     by = items.argsort(stable=True)
     csr = lambda s,c,v,size: torch.sparse_csr_tensor(s, c, v, size, check_invariants=False)
-    return csr(starts, items, val, (len(n),n_items)),csr(F.pad(d.cumsum(0), (1,0)), users[by], val[by], (n_items,len(n)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta')
+        return csr(starts, items, val, (len(n),n_items)),csr(F.pad(d.cumsum(0), (1,0)), users[by], val[by], (n_items,len(n)))
 
 # %% ../nbs/04c_graph.ipynb #a008fce9
 class LightGCN(BuiltFactors):
