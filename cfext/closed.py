@@ -40,7 +40,7 @@ def history_rows(
     res[row, items[at]] = 1
     return res
 
-# %% ../nbs/04b_closed.ipynb #1fe755d9
+# %% ../nbs/04b_closed.ipynb #5234b90c
 def _solved(cls, base, config, state):
     "A solved model with the tables of `state`; nothing is solved again"
     model = cls.__new__(cls)
@@ -61,6 +61,7 @@ class _ItemBased(CFModel):
     def from_dls(cls, dls, **kwargs): return cls(dls, **kwargs)
     @classmethod
     def restore(cls, config, state): return _solved(cls, CFModel, config, state)
+    def without_rows(self): raise ValueError(f"{type(self).__name__} scores users by their rows, and is nothing without them; an IALS of the same loaders is")
     def _rows(self, users, dtype=torch.float32): return history_rows(users, self.starts, self.items, self.n_items, dtype)
     def gram(self, tile=1<<24):
         users = torch.arange(self.n_users, device=self.items.device)

@@ -18,7 +18,7 @@ from .models import *
 from .negatives import *
 from .closed import *
 
-# %% ../nbs/04c_graph.ipynb #aeed38eb
+# %% ../nbs/04c_graph.ipynb #aef03c0d
 class BuiltFactors(CFModel):
     "A dot product of factors that are computed; a subclass defines `build(role, codes)`"
     def _key(self): return [(p._version, p.data_ptr(), p.dtype, p.device) for p in [*self.parameters(), *self.buffers()]]
@@ -44,6 +44,13 @@ class BuiltFactors(CFModel):
         j = role=='item'
         T,b = self.kept()[j],self.kept()[2+j]
         return (T,b) if codes is None else (F.embedding(codes, T),None if b is None else F.embedding(codes, b))
+    def without_rows(self):
+        P,Q,bu,bi = self.kept()
+        if bu is None and bi is None: res = DotProduct(self.n_users, self.n_items, P.shape[1], self.y_range)
+        else: res = DotProductBias(self.n_users, self.n_items, P.shape[1], self.y_range)
+        tables = dict(user_factors=P, item_factors=Q, user_bias=P.new_zeros(len(P), 1) if bu is None else bu, item_bias=Q.new_zeros(len(Q), 1) if bi is None else bi)
+        res.load_state_dict({k: tables.get(k, v) for k,v in res.state_dict().items()})
+        return res.to(P.device)
     def add_up(self, dots, bu, bi): return self.squash(sum((b for b in (bu,bi) if b is not None), dots))
     def forward(self, x):
         self.__dict__.pop('_live', None)

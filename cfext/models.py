@@ -18,7 +18,7 @@ from fastcore.basics import *
 from .core import *
 from .embed import *
 
-# %% ../nbs/03_models.ipynb #04770493
+# %% ../nbs/03_models.ipynb #1f3c2e78
 def score_by_forward(
     model:nn.Module, # takes codes (n,2), gives n scores in any shape
     users:Tensor, # (n,) long codes of users
@@ -55,6 +55,7 @@ class CFModel(nn.Module):
         model = cls(**config)
         model.load_state_dict(state)
         return model
+    def without_rows(self): return self
 
 # %% ../nbs/03_models.ipynb #b161ca00
 class DotProduct(CFModel):

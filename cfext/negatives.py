@@ -52,9 +52,10 @@ def score_pairs(self:DotProductBias,
     res = _dots(self.user_factors, self.item_factors, users, items)
     return self.squash(res + F.embedding(users, self.user_bias) + F.embedding(items, self.item_bias)[...,0] + self.offset)
 
-# %% ../nbs/04a_negatives.ipynb #493cd31c
+# %% ../nbs/04a_negatives.ipynb #2abc58bc
 class CosineProduct(DotProduct):
     "The cosine of a user's and an item's factors"
+    cosines = True
     def _unit(self): return F.normalize(self.user_factors, dim=1),F.normalize(self.item_factors, dim=1)
     def forward(self, x):
         u,i = F.embedding(x[:,0], self.user_factors),F.embedding(x[:,1], self.item_factors)
@@ -187,7 +188,7 @@ def _hard(self:NegativeSampler, users, pos, gen, score):
     top,at = s.topk(self.n_neg, dim=1)
     return pool.gather(1, at),top>-torch.inf,None
 
-# %% ../nbs/04a_negatives.ipynb #78dedc5a
+# %% ../nbs/04a_negatives.ipynb #4fa5ce67
 class Negatives(Callback):
     "Put the scores of negatives beside each prediction, for a `RankingLoss`"
     order,on_device = 15,True
@@ -209,7 +210,7 @@ def _setup(self:Negatives):
     loss,ds = self.learn.loss_func,self.dls.train_ds
     if not isinstance(loss, RankingLoss):
         raise TypeError(f"`Negatives` goes with a `RankingLoss` such as BPRLoss(), not {getattr(loss, '__name__', type(loss).__name__)}")
-    if isinstance(loss, CCLLoss) and isinstance(self.model, DotProduct) and not isinstance(self.model, CosineProduct):
+    if isinstance(loss, CCLLoss) and isinstance(self.model, CFModel) and not getattr(self.model, 'cosines', False):
         raise ValueError(f"CCLLoss takes cosines, and {type(self.model).__name__} gives scores of any size: use cf_learner(dls, CosineProduct, ...)")
     if getattr(self, 'ds', None) is not ds:
         n_neg = ifnone(self.n_neg, self.dls.train.bs if self.how=='batch' else loss.n_neg)
