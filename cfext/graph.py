@@ -102,7 +102,7 @@ def norm_adjacency(
         warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta')
         return csr(starts, items, val, (len(n),n_items)),csr(F.pad(d.cumsum(0), (1,0)), users[by], val[by], (n_items,len(n)))
 
-# %% ../nbs/04c_graph.ipynb #a008fce9
+# %% ../nbs/04c_graph.ipynb #a75bc2c9
 class LightGCN(BuiltFactors):
     "A dot product of factors averaged over steps along the training rows (He et al. 2020)"
     def __init__(self,
@@ -113,9 +113,11 @@ class LightGCN(BuiltFactors):
         y_range:tuple|None=None, # (low, high) of the predictions; None: not bounded
         init_sd:float=0.1, # standard deviation of the first factors
         *,
+        unit:bool=False, # scale the final factors to length 1, so that scores are cosines?
         rows:Tensor|None=None, # (m,2) codes of the training rows, repeats count once; None: there are none yet, a state that is loaded brings them
     ):
-        super().__init__(n_users, n_items, y_range, n_factors=check_pos(n_factors, 'n_factors'), n_layers=check_pos(n_layers, 'n_layers', 0), init_sd=init_sd)
+        super().__init__(n_users, n_items, y_range, n_factors=check_pos(n_factors, 'n_factors'), n_layers=check_pos(n_layers, 'n_layers', 0), init_sd=init_sd, unit=unit)
+        self.cosines = unit
         self.user_base,self.item_base = (nn.Parameter(torch.randn(n, n_factors)*init_sd) for n in (n_users,n_items))
         none = torch.zeros(0, 2, dtype=torch.long)
         for n,t in zip(('starts','items'), user_histories(none if rows is None else rows, n_users, n_items)): self.register_buffer(n, t)
@@ -130,7 +132,7 @@ class LightGCN(BuiltFactors):
         if prefix+'items' in state: self.items = self.items.new_zeros(len(state[prefix+'items']))
         super()._load_from_state_dict(state, prefix, *args)
 
-# %% ../nbs/04c_graph.ipynb #8c25ddb5
+# %% ../nbs/04c_graph.ipynb #91a14a28
 @patch
 def propagate(self:LightGCN)->tuple: # (user factors (n_users,f), item factors (n_items,f)), with gradients
     "Compute all factors from the first ones"
@@ -155,4 +157,5 @@ def build(self:LightGCN,
     if live is None or live[0]!=key or not (self.training and torch.is_grad_enabled()): live = (key, self.propagate())
     if self.training and torch.is_grad_enabled(): self.__dict__['_live'] = live
     T = live[1][role=='item']
-    return (T if codes is None else F.embedding(codes, T)),None
+    T = T if codes is None else F.embedding(codes, T)
+    return (F.normalize(T, dim=-1) if self.cosines else T),None

@@ -18,7 +18,7 @@ from .data import *
 from .models import *
 from .losses import *
 
-# %% ../nbs/04a_negatives.ipynb #aedfc14b
+# %% ../nbs/04a_negatives.ipynb #6b7e6dbd
 @patch
 def score_pairs(self:CFModel,
     users:Tensor, # (bs,) long codes
@@ -29,11 +29,14 @@ def score_pairs(self:CFModel,
     x = torch.stack([users[:,None].expand_as(items), items], -1)
     return self(x.reshape(-1, 2)).reshape(items.shape)
 
+def _times(u, i):
+    "Dot products of users (bs,f) and items, (bs,n,f) of each or (n,f) of all"
+    if i.ndim==2: return u@i.T
+    return (i*u[:,None]).sum(-1) if i.shape[1]<=16 else torch.bmm(i, u[:,:,None])[:,:,0]
+
 def _dots(P, Q, users, items):
     "Dot products of rows of `P` and rows of `Q`"
-    u,i = F.embedding(users, P),F.embedding(items, Q)
-    if items.ndim==1: return u@i.T
-    return (i*u[:,None]).sum(-1) if items.shape[1]<=16 else torch.bmm(i, u[:,:,None])[:,:,0]
+    return _times(F.embedding(users, P), F.embedding(items, Q))
 
 @patch
 def score_pairs(self:DotProduct,
@@ -52,7 +55,7 @@ def score_pairs(self:DotProductBias,
     res = _dots(self.user_factors, self.item_factors, users, items)
     return self.squash(res + F.embedding(users, self.user_bias) + F.embedding(items, self.item_bias)[...,0] + self.offset)
 
-# %% ../nbs/04a_negatives.ipynb #2abc58bc
+# %% ../nbs/04a_negatives.ipynb #40936f07
 class CosineProduct(DotProduct):
     "The cosine of a user's and an item's factors"
     cosines = True
@@ -63,8 +66,10 @@ class CosineProduct(DotProduct):
     def score_items(self, users):
         return self.squash(F.normalize(self.user_factors[users], dim=1) @ F.normalize(self.item_factors, dim=1).T)
     def score_pairs(self, users, items):
-        P,Q = (F.normalize(t, dim=1) for t in (self.user_factors,self.item_factors))
-        return self.squash(_dots(P, Q, users, items))
+        u = F.normalize(F.embedding(users, self.user_factors), dim=1)
+        if items.numel()<self.n_items: i = F.normalize(F.embedding(items, self.item_factors), dim=-1)
+        else: i = F.embedding(items, F.normalize(self.item_factors, dim=1))
+        return self.squash(_times(u, i))
 
 # %% ../nbs/04a_negatives.ipynb #025dde0b
 def item_weights(

@@ -16,7 +16,8 @@ makers = dict(
     CollabNNDeep    = lambda **kw: CollabNN((n_users,3), (n_items,4), layers=[6,5], ps=0.3, embed_p=0.2, use_bn=True, **{'y_range':None, **kw}),
     EmbeddingNet    = lambda **kw: EmbeddingNet(n_users, n_items, n_factors=4, **kw),
     CosineProduct   = lambda **kw: CosineProduct(n_users, n_items, n_factors=4, **kw),
-    LightGCN        = lambda **kw: LightGCN(n_users, n_items, n_factors=4, n_layers=2, rows=edges, **kw))
+    LightGCN        = lambda **kw: LightGCN(n_users, n_items, n_factors=4, n_layers=2, rows=edges, **kw),
+    LightGCNUnit    = lambda **kw: LightGCN(n_users, n_items, n_factors=4, n_layers=2, unit=True, rows=edges, **kw))
 x = torch.tensor([[1,2],[3,0],[6,4]])
 
 @pytest.fixture(params=makers)
@@ -107,7 +108,7 @@ def test_train_and_eval_differ_only_by_dropout(make):
 def test_learns_a_checkerboard(make):
     "Ratings 4 and 2 alternating over users and items have rank 1 about their mean: every model must learn them; a cosine, 1 and -1"
     board = torch.cartesian_prod(torch.arange(1, n_users), torch.arange(1, n_items))
-    hi,lo = (1.,-1.) if isinstance(make(), CosineProduct) else (4.,2.)
+    hi,lo = (1.,-1.) if getattr(make(), 'cosines', False) else (4.,2.)
     y = torch.where((board.sum(1)%2)==0, hi, lo)[:,None]
     for seed in range(3):
         torch.manual_seed(seed)
