@@ -18,17 +18,26 @@ from .models import *
 from .negatives import *
 from .closed import *
 
-# %% ../nbs/04c_graph.ipynb #aef03c0d
+# %% ../nbs/04c_graph.ipynb #5676517b
 class BuiltFactors(CFModel):
     "A dot product of factors that are computed; a subclass defines `build(role, codes)`"
     def _key(self): return [(p._version, p.data_ptr(), p.dtype, p.device) for p in [*self.parameters(), *self.buffers()]]
     def kept(self)->tuple: # (user factors, item factors, user bias or None, item bias or None), without gradients
         "Compute the tables of all users and items, or return those kept since the last change of a parameter"
         key = self._key()
-        if self.__dict__.get('_kept', (None,))[0]!=key:
+        if self.training or self.__dict__.get('_kept', (None,))[0]!=key:
             with in_mode(self), torch.no_grad(): (P,bu),(Q,bi) = self.build('user'),self.build('item')
+            if self.__dict__.get('_mean'): P,Q,bu,bi = (t if t is None else torch.cat([t[1:].mean(0, keepdim=True),t[1:]]) for t in (P,Q,bu,bi))
             self.__dict__['_kept'] = (key, (P,Q,bu,bi))
         return self._kept[1]
+    def train(self, mode=True):
+        if mode or self.training: self._forget()
+        return super().train(mode)
+    def _forget(self):
+        for k in ('_kept','_live'): self.__dict__.pop(k, None)
+    def mean_row(self, on):
+        self.__dict__['_mean'] = on
+        self._forget()
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_kept','_live','_graph')}
     def _table(self, j, name):
         if (t := self.kept()[j]) is None: raise AttributeError(f"{type(self).__name__} has no {name}")

@@ -193,12 +193,17 @@ def emb_tables(
     return {r: [getattr(model, f'{r}_{o}') for o in ('factors','bias') if getattr(model, f'{r}_{o}', None) is not None]
             for r in ('user','item')}
 
-# %% ../nbs/03_models.ipynb #d29ccbac
+# %% ../nbs/03_models.ipynb #130dc52a
 @contextmanager
 def mean_unknown(
     model:nn.Module, # a model with tables that `emb_tables` finds
 ):
     "Run a block with row 0 of each table set to the mean of the others"
+    if hasattr(model, 'mean_row'):
+        model.mean_row(True)
+        try: yield model
+        finally: model.mean_row(False)
+        return
     tables = [t for ts in emb_tables(model).values() for t in ts]
     if not tables: raise ValueError(f"{type(model).__name__} has no tables of users and items that are known here: use unk='na' or 'raise'")
     saved = [t[0].detach().clone() for t in tables]

@@ -59,7 +59,7 @@ def test_score_items_is_forward_on_every_item(make):
     close(score_by_forward(m, us, n_items, tile=6), scores, atol=1e-6, rtol=1e-5)
 
 def test_tables_have_a_row_for_each_id(make):
-    m = make()
+    m = make().eval()
     assert len(m.user_factors)==n_users and len(m.item_factors)==n_items
     for t in ('user_bias','item_bias'):
         if hasattr(m, t): assert getattr(m, t).shape==((n_users if t[0]=='u' else n_items),1)
@@ -142,3 +142,31 @@ def test_mean_unknown_restores_after_an_error(make):
     with pytest.raises(ZeroDivisionError):
         with mean_unknown(m): 1/0
     close(m(x), before)
+
+@pytest.mark.parametrize('fast', [True,False])
+def test_kept_factors_follow_training(fast):
+    "The fused optimizer does not count its steps: what is kept must not outlive a fit, with and without validation rows"
+    for valid_pct in (0.2,0):
+        dls = CFDataLoaders.from_df(synth_ratings(60, 40, 1000), item_name='title', rating_name=None, valid_pct=valid_pct, seed=3, device='cpu', bs=64)
+        learn = cf_learner(dls, LightGCN, n_factors=4, loss_func=BPRLoss(), seed=0, fast=fast)
+        for _ in range(2):
+            before = learn.recommend(k=3).score.sum()
+            with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.05)
+            fresh = LightGCN.restore(learn.model.config, learn.model.state_dict()).eval()
+            with torch.no_grad(): close(learn.model.user_factors, fresh.user_factors)
+            scores = learn.recommend(k=3)
+            assert scores.score.sum()!=before
+            x = dls.encode_ids(scores.user, 'user'),dls.encode_ids(scores.title, 'item')
+            with torch.no_grad(): close(torch.tensor(scores.score.to_numpy()), fresh(torch.stack(x, 1))[:,0], atol=1e-5, rtol=1e-4)
+            import copy
+            assert copy.deepcopy(learn.model).n_users==learn.model.n_users
+
+def test_two_micro_batches_without_a_step():
+    m = loud(LightGCN(n_users, n_items, n_factors=4, rows=edges)).train()
+    us,its = x[:,0],torch.tensor([[1,2],[3,4],[0,1]])
+    for _ in range(2): (m(x).sum()+m.score_pairs(us, its).sum()+m.score_items(us).sum()).backward()
+    two = m.user_base.grad.clone()
+    m.user_base.grad = None
+    fresh = LightGCN.restore(m.config, m.state_dict()).train()
+    (fresh(x).sum()+CFModel.score_pairs(fresh, us, its).sum()+fresh.score_items(us).sum()).backward()
+    close(two, 2*fresh.user_base.grad, atol=1e-5, rtol=1e-4)
