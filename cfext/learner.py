@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
-# %% ../nbs/06_learner.ipynb #506b0456
+# %% ../nbs/06_learner.ipynb #772559fb
 import inspect,warnings
 from contextlib import nullcontext
 
@@ -22,6 +22,7 @@ from .losses import *
 from .negatives import *
 from .loop import *
 from .capture import *
+from .rows import *
 
 # %% ../nbs/06_learner.ipynb #ba6b51ba
 class IdDropout(Callback):
@@ -124,7 +125,7 @@ def as_cf_dls(
     return CFDataLoaders(ResidentDL(dss[0], bs=dls.train.bs, shuffle=True, device=dls.device),
                          ResidentDL(dss[1], bs=dls.valid.bs, device=dls.device), path=dls.path, device=dls.device)
 
-# %% ../nbs/06_learner.ipynb #f30f740c
+# %% ../nbs/06_learner.ipynb #094b0039
 def _emb_szs(dls, emb_szs):
     "((n_users,width), (n_items,width)) from fastai's rule, a dict {column: width}, or two (n,width) pairs"
     if emb_szs is None or isinstance(emb_szs, dict): return get_emb_sz(dls.train_ds, emb_szs)
@@ -143,7 +144,8 @@ def _make_model(dls, model, n_factors, y_range, emb_szs, config):
     if isinstance(model, type) and issubclass(model, nn.Module):
         args = dict(n_factors=n_factors, y_range=y_range)
         takes = inspect.signature(model.__init__).parameters
-        return model(dls.n_users, dls.n_items, **{**{k:v for k,v in args.items() if k in takes}, **config})
+        kwargs = {**{k:v for k,v in args.items() if k in takes}, **config}
+        return model.from_dls(dls, **kwargs) if hasattr(model, 'from_dls') else model(dls.n_users, dls.n_items, **kwargs)
     raise ValueError(f"`model`={model!r} should be 'dot', 'nn', a class of modules or a module")
 
 # %% ../nbs/06_learner.ipynb #6e9f780b
@@ -162,7 +164,7 @@ def _check_model(dls, model):
     if not isinstance(res, Tensor) or res.numel()!=3:
         raise ValueError(f"`model` gives {tuple(getattr(res, 'shape', ())) or type(res).__name__} for 3 rows; expected (3,1), a number a row")
 
-# %% ../nbs/06_learner.ipynb #f4218f84
+# %% ../nbs/06_learner.ipynb #44e3e713
 @delegates(Learner.__init__)
 def cf_learner(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`, whose rows are taken over
@@ -176,7 +178,7 @@ def cf_learner(
     unk_p:float=0.01, # share of ids replaced by the unknown row in training (`IdDropout`); 0: it stays untrained
     seed:int|None=None, # seed of the initial parameters; None: torch's global generator
     fast:bool|None=None, # None: `captured_epoch` or `lean_epoch` where no callback acts on each batch; False: fastai's loop; True: raise where that is needed
-    **kwargs, # what `Learner` takes
+    **kwargs, # what `Learner` takes; `opt_func`=RowAdam brings `SparseRows`
 )->CFLearner:
     "Make a learner for ratings that predicts and recommends in the caller's own ids"
     dls,loss_func = as_cf_dls(dls),ifnone(loss_func, MSELossFlat())
@@ -189,5 +191,6 @@ def cf_learner(
     learn.fast = fast
     if unk_p: learn.add_cb(IdDropout(unk_p))
     if dls.train_ds.w is not None: learn.add_cb(RowWeights())
+    if getattr(kwargs.get('opt_func'), 'func', kwargs.get('opt_func')) is RowAdam: learn.add_cb(SparseRows())
     if isinstance(loss_func, RankingLoss) and not any(isinstance(cb, Negatives) for cb in learn.cbs): learn.add_cb(Negatives())
     return learn
