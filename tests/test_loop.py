@@ -254,3 +254,31 @@ class TestGpu:
         learn.__class__ = CFLearner
         with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.01)
         assert capsys.readouterr().out.count('could not be captured')==1 and len(learn.recorder.losses)==2*len(learn.dls.train)
+
+def test_row_adam(tmp_path):
+    "Learns, turns sparse gradients off again even when interrupted, and goes on from a file as from memory"
+    learn = make('lean', opt_func=RowAdam)
+    learn.path = tmp_path
+    grads = []
+    class Look(Callback):
+        on_device = True
+        def before_step(self): grads.append(self.model.item_factors.grad.is_sparse)
+    with learn.no_bar(),learn.no_logging():
+        learn.fit_one_cycle(3, 0.05, wd=0.05, cbs=Look())
+        assert all(grads) and len(grads)==3*len(learn.dls.train) and not learn.model.sparse
+        assert learn.recorder.values[-1][1]<float(learn.dls.valid_ds.y.var())
+        learn.save('a')
+        ends = []
+        for again in (False,True):
+            if again: learn.load('a')
+            torch.manual_seed(5)
+            learn.fit(1, 0.01, reset_opt=False)
+            ends.append(learn.model.item_factors.detach().clone())
+        torch.testing.assert_close(*ends)
+        learn.loss_func = Bad()
+        def stop(*args): raise KeyboardInterrupt
+        learn.loss_func.forward = stop
+        try: learn.fit(1, 0.01)
+        except KeyboardInterrupt: pass
+        assert not learn.model.sparse
+    with pytest.raises(TypeError, match='has no attribute `sparse`'): cf_learner(learn.dls, 'nn', y_range=(0,5), opt_func=RowAdam).fit(1)
