@@ -1,7 +1,7 @@
 "fastai's collaborative filtering, finished: learners, callbacks and tools for embeddings and recommenders"
 __version__ = "0.0.1"
 
-from . import (core,sources,data,embed,models,losses,negatives,closed,graph,loop,
+from . import (core,sources,data,embed,models,losses,negatives,closed,graph,loop,capture,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
     interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 from .core import *
@@ -14,6 +14,7 @@ from .negatives import *
 from .closed import *
 from .graph import *
 from .loop import *
+from .capture import *
 from .learner import *
 from .callbacks import *
 from .views import *
@@ -34,7 +35,7 @@ from .seq_data import *
 from .seq_models import *
 from .sequence import *
 
-_modules = (core,sources,data,embed,models,losses,negatives,closed,graph,loop,
+from . import (core,sources,data,embed,models,losses,negatives,closed,graph,loop,capture,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
     interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 __all__ = [n for m in _modules for n in m.__all__]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
-# %% ../nbs/06_learner.ipynb #c770733b
+# %% ../nbs/06_learner.ipynb #506b0456
 import inspect,warnings
 from contextlib import nullcontext
 
@@ -21,6 +21,7 @@ from .models import *
 from .losses import *
 from .negatives import *
 from .loop import *
+from .capture import *
 
 # %% ../nbs/06_learner.ipynb #ba6b51ba
 class IdDropout(Callback):
@@ -48,20 +49,41 @@ class RowWeights(Callback):
         self.learn.loss_grad = (loss.reshape(len(w), -1).mean(1)*w/self.scale).mean()
         self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../nbs/06_learner.ipynb #557e4a05
+# %% ../nbs/06_learner.ipynb #36fd23d2
+def _needs(learn):
+    "What a training step holds on the device, and what can be done about it"
+    mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
+    ps,ds = mb(learn.model.parameters()),learn.dls.train_ds
+    data = mb(o for d in (ds, learn.dls.valid_ds) for o in (d.x,d.y,d.w) if o is not None)
+    return (f"the device ran out of memory: the rows take {data:,.0f} MiB, the parameters {ps:,.0f} MiB, their gradients and Adam's averages three "
+            f"times that, and a batch of {learn.dls.train.bs:,} rows comes on top; take a smaller `bs`, fewer `n_factors`, `device='cpu'` for the loaders, "
+            "or free what other learners hold (del learn; torch.cuda.empty_cache())")
+
 class CFLearner(Learner):
     "A `Learner` over `CFDataLoaders` that answers in the caller's ids"
-    fast = None
+    fast,no_capture = None,False
+    def _tell(self, what):
+        if what in self.__dict__.setdefault('_told', []): return
+        self._told.append(what)
+        print(what)
     def all_batches(self):
         if not self.training or self.fast is False: return super().all_batches()
-        why = {n: e for n,e in batch_needs(self).items()}
-        if not why: return lean_epoch(self)
-        why = ', '.join(f"{n} ({' '.join(e)})" for n,e in why.items())
-        if self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
-        if why not in self.__dict__.setdefault('_told', []):
-            self._told.append(why)
-            print(f"fastai's loop runs, since these callbacks act on each batch: {why}")
-        super().all_batches()
+        why = ', '.join(f"{n} ({' '.join(e)})" for n,e in batch_needs(self).items())
+        if why and self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
+        try:
+            if not why: return self._fast_epoch()
+            self._tell(f"fastai's loop runs, since these callbacks act on each batch: {why}")
+            super().all_batches()
+        except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
+    def _fast_epoch(self):
+        if torch.device(self.dls.device).type!='cuda' or self.no_capture: return lean_epoch(self)
+        why = capture_hurdle(self)
+        if why is None: return captured_epoch(self)
+        self._tell(f"the steps are not captured: {why}")
+        lean_epoch(self)
+    def _end_cleanup(self):
+        self.__dict__.pop('_step_graph', None)
+        super()._end_cleanup()
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         ctx = mean_unknown(self.model) if getattr(dl, 'unk', None)=='mean' else nullcontext()
         rec = getattr(self, 'recorder', None)
@@ -141,7 +163,7 @@ def _check_model(dls, model):
     if not isinstance(res, Tensor) or res.numel()!=3:
         raise ValueError(f"`model` gives {tuple(getattr(res, 'shape', ())) or type(res).__name__} for 3 rows; expected (3,1), a number a row")
 
-# %% ../nbs/06_learner.ipynb #a7f7bd03
+# %% ../nbs/06_learner.ipynb #f4218f84
 @delegates(Learner.__init__)
 def cf_learner(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`, whose rows are taken over
@@ -154,7 +176,7 @@ def cf_learner(
     config:dict|None=None, # further arguments of the model's class; not changed
     unk_p:float=0.01, # share of ids replaced by the unknown row in training (`IdDropout`); 0: it stays untrained
     seed:int|None=None, # seed of the initial parameters; None: torch's global generator
-    fast:bool|None=None, # None: `lean_epoch` where no callback acts on each batch; False: fastai's loop; True: raise where that is needed
+    fast:bool|None=None, # None: `captured_epoch` or `lean_epoch` where no callback acts on each batch; False: fastai's loop; True: raise where that is needed
     **kwargs, # what `Learner` takes
 )->CFLearner:
     "Make a learner for ratings that predicts and recommends in the caller's own ids"
