@@ -35,7 +35,7 @@ from .seq_data import *
 from .seq_models import *
 from .sequence import *
 
-from . import (core,sources,data,embed,models,losses,negatives,closed,graph,loop,capture,
+_modules = (core,sources,data,embed,models,losses,negatives,closed,graph,loop,capture,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
     interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 __all__ = [n for m in _modules for n in m.__all__]
