@@ -75,7 +75,7 @@ makers = {
     'dot, iALS':  (lambda dls,seed,**kw: IALS(dls, seed=seed, n_iter=10, **kw),
                    [dict(n_factors=128, alpha0=a, lam=l) for a,l in ((0.3,0.006),(0.3,0.009),(0.5,0.006))] +
                    [dict(n_factors=192, alpha0=0.3, lam=l) for l in (0.008,0.012)]),
-    'dot, full softmax': (lambda dls,seed,**kw: dot(dls, seed, **kw), [dict(lr=0.01, wd=wd, epochs=30, n_factors=64, a=0.5) for wd in (0.3,0.6)])}
+    'dot, full softmax': (lambda dls,seed,**kw: dot(dls, seed, **kw), [dict(lr=0.02, wd=wd, epochs=30, n_factors=64, a=0.5) for wd in (0.05,0.2,0.5)])}
 seeded = ('dot, iALS','dot, full softmax')
 
 if __name__=='__main__':

@@ -82,7 +82,7 @@ def encode_sides(
     cat = lambda ts, **kw: torch.cat(ts, 1) if ts else torch.zeros(n, 0, **kw)
     return (cat(codes, dtype=torch.long),cat(weights),torch.stack(nums, 1) if nums else torch.zeros(n, 0)),miss
 
-# %% ../nbs/10d_sides.ipynb #0b9ea19b
+# %% ../nbs/10d_sides.ipynb #dd9513c6
 class SideProduct(BuiltFactors):
     "A dot product whose factors and biases are sums over an id and its features (Kula 2015), with `layers` two towers"
     def __init__(self,
@@ -90,14 +90,13 @@ class SideProduct(BuiltFactors):
         n_items:int, # rows of the item table, the unknown row 0 included
         n_factors:int=50, # width of both sides
         y_range:tuple|None=None, # (low, high) of the predictions; None: not bounded
-        mean:float=0., # prediction where all sums are 0, before `y_range`
         layers:tuple=(), # activations of the hidden layers of each tower; (): the sums themselves
         id_p:float=0.1, # share of the ids' own vectors left out in training
         user_spec:list=(), # of the users' features, from `fit_sides`
         item_spec:list=(), # of the items' features
     ):
         if not 0<=id_p<1: raise ValueError(f"`id_p`={id_p} should be a probability, at least 0 and below 1")
-        super().__init__(n_users, n_items, y_range, n_factors=check_pos(n_factors, 'n_factors'), mean=mean, layers=tuple(layers), id_p=id_p,
+        super().__init__(n_users, n_items, y_range, n_factors=check_pos(n_factors, 'n_factors'), layers=tuple(layers), id_p=id_p,
                          user_spec=list(user_spec), item_spec=list(item_spec))
         for role,n,spec in (('user',n_users,user_spec), ('item',n_items,item_spec)): self._side(role, n, spec, n_factors+1)
         size = [n_factors,*layers,n_factors]
@@ -112,7 +111,9 @@ class SideProduct(BuiltFactors):
         if n_num: setattr(self, f'{role}_num', table(n_num))
         for k,t in zip(('codes','weights','nums'), (torch.zeros(n, slots, dtype=torch.long), torch.zeros(n, slots), torch.zeros(n, n_num))):
             self.register_buffer(f'{role}_{k}', t)
-    def add_up(self, dots, bu, bi): return super().add_up(dots+self.config['mean'], bu, bi)
+    def without_rows(self):
+        "Return the model itself: it holds features, no training rows"
+        return self
 
 # %% ../nbs/10d_sides.ipynb #011ea48c
 @patch
