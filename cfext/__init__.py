@@ -1,9 +1,7 @@
 "fastai's collaborative filtering, finished: learners, callbacks and tools for embeddings and recommenders"
 __version__ = "0.0.1"
 
-from . import (core,sources,data,embed,models,losses,negatives,closed,graph,loop,capture,
-    learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,sides,maps,
-    interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
+import sys as _sys
 from .core import *
 from .sources import *
 from .data import *
@@ -15,6 +13,7 @@ from .closed import *
 from .graph import *
 from .loop import *
 from .capture import *
+from .rows import *
 from .learner import *
 from .callbacks import *
 from .views import *
@@ -36,7 +35,4 @@ from .seq_data import *
 from .seq_models import *
 from .sequence import *
 
-_modules = (core,sources,data,embed,models,losses,negatives,closed,graph,loop,capture,
-    learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,sides,maps,
-    interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
-__all__ = [n for m in _modules for n in m.__all__]
+__all__ = [n for k,m in list(_sys.modules.items()) if k.startswith('cfext.') for n in m.__all__]

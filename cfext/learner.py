@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
-# %% ../nbs/06_learner.ipynb #506b0456
+# %% ../nbs/06_learner.ipynb #772559fb
 import inspect,warnings
 from contextlib import nullcontext
 
@@ -22,6 +22,7 @@ from .losses import *
 from .negatives import *
 from .loop import *
 from .capture import *
+from .rows import *
 
 # %% ../nbs/06_learner.ipynb #ba6b51ba
 class IdDropout(Callback):
@@ -163,7 +164,7 @@ def _check_model(dls, model):
     if not isinstance(res, Tensor) or res.numel()!=3:
         raise ValueError(f"`model` gives {tuple(getattr(res, 'shape', ())) or type(res).__name__} for 3 rows; expected (3,1), a number a row")
 
-# %% ../nbs/06_learner.ipynb #f4218f84
+# %% ../nbs/06_learner.ipynb #44e3e713
 @delegates(Learner.__init__)
 def cf_learner(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`, whose rows are taken over
@@ -177,7 +178,7 @@ def cf_learner(
     unk_p:float=0.01, # share of ids replaced by the unknown row in training (`IdDropout`); 0: it stays untrained
     seed:int|None=None, # seed of the initial parameters; None: torch's global generator
     fast:bool|None=None, # None: `captured_epoch` or `lean_epoch` where no callback acts on each batch; False: fastai's loop; True: raise where that is needed
-    **kwargs, # what `Learner` takes
+    **kwargs, # what `Learner` takes; `opt_func`=RowAdam brings `SparseRows`
 )->CFLearner:
     "Make a learner for ratings that predicts and recommends in the caller's own ids"
     dls,loss_func = as_cf_dls(dls),ifnone(loss_func, MSELossFlat())
@@ -190,5 +191,6 @@ def cf_learner(
     learn.fast = fast
     if unk_p: learn.add_cb(IdDropout(unk_p))
     if dls.train_ds.w is not None: learn.add_cb(RowWeights())
+    if getattr(kwargs.get('opt_func'), 'func', kwargs.get('opt_func')) is RowAdam: learn.add_cb(SparseRows())
     if isinstance(loss_func, RankingLoss) and not any(isinstance(cb, Negatives) for cb in learn.cbs): learn.add_cb(Negatives())
     return learn

@@ -6,11 +6,12 @@
 __all__ = ['score_by_forward', 'CFModel', 'DotProduct', 'DotProductBias', 'CollabNN', 'EmbeddingNet', 'emb_tables',
            'mean_unknown']
 
-# %% ../nbs/03_models.ipynb #9ad64e0f
+# %% ../nbs/03_models.ipynb #349e6250
 from contextlib import contextmanager
 
 import torch
 from torch import nn,Tensor
+from torch.nn import functional as F
 from fastai.layers import sigmoid_range
 from fastai.collab import EmbeddingDotBias
 from fastai.tabular.model import TabularModel
@@ -73,7 +74,7 @@ def without_rows(self:CFModel)->CFModel: # itself, unless a subclass holds rows
     "Return a model of the same scores that holds no training row"
     return self
 
-# %% ../nbs/03_models.ipynb #b161ca00
+# %% ../nbs/03_models.ipynb #8e5521ef
 class DotProduct(CFModel):
     "The dot product of a user's and an item's factors"
     def __init__(self,
@@ -87,9 +88,11 @@ class DotProduct(CFModel):
         super().__init__(n_users, n_items, y_range, n_factors=n_factors, init=init, **config)
         self.user_factors = create_params(n_users, n_factors, init=init)
         self.item_factors = create_params(n_items, n_factors, init=init)
+    sparse = False # True: gradients that hold only the rows looked up, for `RowAdam`
+    def look(self, table, ids): return F.embedding(ids, table, sparse=True) if self.sparse and self.training else table[ids]
     def forward(self, x):
         users,items = x[:,0],x[:,1]
-        return self.squash((self.user_factors[users]*self.item_factors[items]).sum(1, keepdim=True))
+        return self.squash((self.look(self.user_factors, users)*self.look(self.item_factors, items)).sum(1, keepdim=True))
 
 @patch
 def score_items(self:DotProduct,
@@ -98,7 +101,7 @@ def score_items(self:DotProduct,
     "Score every item for each of `users`"
     return self.squash(self.user_factors[users] @ self.item_factors.T)
 
-# %% ../nbs/03_models.ipynb #44034ffe
+# %% ../nbs/03_models.ipynb #f4ef8a33
 class DotProductBias(DotProduct):
     "The dot product of factors, plus a bias of the user and one of the item"
     def __init__(self,
@@ -120,8 +123,8 @@ class DotProductBias(DotProduct):
         return torch.logit(torch.tensor((mean-lo)/(hi-lo)))
     def forward(self, x):
         users,items = x[:,0],x[:,1]
-        res = (self.user_factors[users]*self.item_factors[items]).sum(1, keepdim=True)
-        return self.squash(res + self.user_bias[users] + self.item_bias[items] + self.offset)
+        res = (self.look(self.user_factors, users)*self.look(self.item_factors, items)).sum(1, keepdim=True)
+        return self.squash(res + self.look(self.user_bias, users) + self.look(self.item_bias, items) + self.offset)
 
 @patch
 def score_items(self:DotProductBias,
