@@ -68,12 +68,20 @@ def dot(dls, seed, lr, wd, epochs, n_factors, a):
     ds.w = None
     return learn.model
 
+def ials(dls, seed, recent=0., **kw):
+    "iALS; with `recent`, a user's last row weighs 1+recent, and what is beyond 1 halves every twenty rows before it"
+    ds = dls.train_ds
+    u = pd.Series(ds.x[:,0].numpy())
+    ds.w = torch.from_numpy(1+recent*2.**(-u.groupby(u).cumcount(ascending=False).to_numpy()/20)).float() if recent else None
+    model = IALS(dls, seed=seed, n_iter=10, **kw)
+    ds.w = None
+    return model
+
 makers = {
     'popularity': (lambda dls,seed: Popularity(dls), [{}]),
     'item-kNN':   (lambda dls,seed,**kw: ItemKNN(dls, **kw), [dict(k=n, shrink=s) for n in (50,100,200) for s in (10.,)]),
     'EASE':       (lambda dls,seed,**kw: EASE(dls, **kw), [dict(reg=r) for r in (500.,1000.,2000.)]),
-    'dot, iALS':  (lambda dls,seed,**kw: IALS(dls, seed=seed, n_iter=10, **kw),
-                   [dict(n_factors=64, alpha0=0.3, lam=0.003), dict(n_factors=128, alpha0=0.3, lam=0.006)]),
+    'dot, iALS':  (ials, [dict(n_factors=128, alpha0=0.3, lam=0.006, recent=r) for r in (0.,2.,5.)]),
     'dot, full softmax': (lambda dls,seed,**kw: dot(dls, seed, **kw), [dict(lr=0.02, wd=wd, epochs=30, n_factors=64, a=0.5) for wd in (0.05,0.2)])}
 seeded = ('dot, iALS','dot, full softmax')
 
