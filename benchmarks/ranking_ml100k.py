@@ -68,10 +68,10 @@ makers = {
                           [dict(lr=0.02, wd=0.9, epochs=12, a=a) for a in (0.5,0.)] + [dict(lr=0.02, wd=0.8, epochs=12, a=0.5)]),
     'dot, BPR':          (lambda dls,seed,**kw: dot(dls, seed, BPRLoss(), dict(n_neg=8), **kw),
                           [dict(lr=0.02, wd=wd, epochs=10, a=0.5) for wd in (0.5,1.)]),
-    'EASE':              (lambda dls,seed,**kw: EASE(dls, **kw), [dict(reg=r) for r in (100,200,300,500,800,1200)]),
+    'EASE':              (lambda dls,seed,**kw: EASE(dls, **kw), [dict(reg=r) for r in (200,300,500,800)]),
     'iALS':              (lambda dls,seed,**kw: IALS(dls, n_factors=32, n_iter=10, seed=seed, **kw),
-                          [dict(alpha0=a, lam=l) for a in (0.3,0.6) for l in (0.01,0.02)]),
-    'item-kNN':          (lambda dls,seed,**kw: ItemKNN(dls, **kw), [dict(k=n, shrink=s) for n in (50,100,200) for s in (10.,50.)]),
+                          [dict(alpha0=a, lam=0.02) for a in (0.3,0.6)]),
+    'item-kNN':          (lambda dls,seed,**kw: ItemKNN(dls, **kw), [dict(k=n, shrink=s) for n in (50,200) for s in (10.,50.)]),
     'popularity':        (lambda dls,seed: Popularity(dls), [{}])}
 
 def one_seed(df, seed):

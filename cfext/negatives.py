@@ -223,14 +223,14 @@ def _setup(self:Negatives):
     if getattr(loss, 'n_items', 0) is None: loss.n_items = ds.n_items-1
     if self.seed is not None and self.gen is None: self.gen = torch.Generator(self.dls.device).manual_seed(self.seed)
 
-# %% ../nbs/04a_negatives.ipynb #e796c888
+# %% ../nbs/04a_negatives.ipynb #4957510a
 def _pair_scores(model, users, items):
     "`score_pairs` of one of our models, or of any module by running it on the pairs"
     return model.score_pairs(users, items) if hasattr(model, 'score_pairs') else CFModel.score_pairs(model, users, items)
 
 def _log_sum_exp(model, users, temp, n_items):
-    "For each row, `temp*log(sum(exp(scores/temp)))` over the catalogue, computed once for each different user"
-    us,inv = users.unique(return_inverse=True)
+    "For each row, `temp*log(sum(exp(scores/temp)))` over the catalogue; on a CPU, once for each different user"
+    us,inv = (users,slice(None)) if users.is_cuda else users.unique(return_inverse=True)
     score = getattr(model, 'score_items', None) or (lambda us: score_by_forward(model, us, n_items))
     kind = getattr(type(model), 'score_items', None)
     if kind not in (DotProduct.score_items, DotProductBias.score_items) or model.y_range is not None:

@@ -50,6 +50,27 @@ def test_ials_against_a_loop_in_float64(dls):
             A = sum((np.outer(q, q)*(r+a0) for q,r in zip(Q, R[u])), lam*(n+a0*(dls.n_items-1))**nu*np.eye(f))
             np.testing.assert_allclose(P[u], np.linalg.solve(A, R[u]@Q), rtol=1e-8, atol=1e-10)
 
+def test_ials_weighs_rows(dls):
+    "Weights of 1 change nothing, weights of k are what the objective says, and the largest of repeated rows counts"
+    x,n = dls.train_ds.x,len(dls.train_ds)
+    w = torch.rand(n, generator=torch.Generator().manual_seed(0))*3
+    starts,items = user_histories(x, dls.n_users, dls.n_items)
+    pw = pair_weights(torch.cat([x,x]), torch.cat([w,w/2]), dls.n_users, dls.n_items)
+    W = np.zeros((dls.n_users, dls.n_items))
+    for (u,i),v in zip(x.tolist(), w.tolist()): W[u,i] = max(W[u,i], v)
+    Q = np.random.default_rng(0).normal(size=(dls.n_items, 3))
+    Q[0] = 0
+    P = solve_rows(starts, items, torch.tensor(Q), 0.2, 0.05, 0.5, 100, pw.double()).numpy()
+    for u in range(1, dls.n_users):
+        c = (W[u]>0).sum()
+        A = (Q.T*(W[u]+0.2))@Q + 0.05*(c+0.2*(dls.n_items-1))**0.5*np.eye(3)
+        np.testing.assert_allclose(P[u], np.linalg.solve(A, W[u]@Q), rtol=1e-6, atol=1e-8)
+    assert pair_weights(x, None, dls.n_users, dls.n_items) is None
+    df = synth_ratings(60, 40, 1000).assign(w=lambda d: 1+9*(d.timestamp>d.timestamp.median()))
+    a,b,c = (IALS(CFDataLoaders.from_df(df.assign(one=1.), item_name='title', rating_name=None, weight_name=k, seed=3, device='cpu'), 4, n_iter=2) for k in (None,'one','w'))
+    torch.testing.assert_close(a.user_factors, b.user_factors)
+    assert not torch.allclose(a.user_factors, c.user_factors, atol=1e-2)
+
 def test_errors(dls):
     with pytest.raises(ValueError, match='`reg`=-1'): EASE(dls, -1)
     with pytest.raises(ValueError, match='`k`=0'): ItemKNN(dls, 0)
