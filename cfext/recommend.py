@@ -98,7 +98,7 @@ def _scorer(model, n_items, cols):
         return torch.mm(p, QT, out=buf[0][:len(us)*len(Q)].view(len(us), len(Q))).float()
     return raw,lambda us,s: model.squash(s+model.user_bias.detach()[us]+model.offset) if bias else model.squash(s)
 
-# %% ../nbs/10_recommend.ipynb #b6e48d99
+# %% ../nbs/10_recommend.ipynb #3dbbcedb
 class NaNScores(ValueError):
     "A model's scores are not numbers"
 
@@ -112,12 +112,17 @@ def _cut(starts, codes, a, b):
     n = starts[a+1:b+1]-starts[a:b]
     return torch.arange(b-a, device=n.device).repeat_interleave(n),codes[int(starts[a]):int(starts[b])]
 
-def _fill(s, rows, codes, place, val=-torch.inf):
-    "Set the scores of pairs (row, item code) to `val`, where the item has a place"
+def _placed(starts, codes, place):
+    "The same pairs with the place of each item instead of its code, and without the items that have none"
     at = place[codes]
-    s.view(-1).index_fill_(0, (rows*s.shape[1]+at)[at>=0], val)
+    there = at>=0
+    return (starts,at) if there.all() else (F.pad(there.cumsum(0), (1,0))[starts],at[there])
 
-# %% ../nbs/10_recommend.ipynb #e17bec12
+def _fill(s, rows, at, val=-torch.inf):
+    "Set the scores of pairs (row, place) to `val`"
+    s.view(-1).index_fill_(0, rows*s.shape[1]+at, val)
+
+# %% ../nbs/10_recommend.ipynb #327548e1
 def top_items(
     learn:CFLearner, # a learner, fitted; or anything with a `model` and `dls`
     users:Tensor, # (n,) long codes
@@ -127,7 +132,7 @@ def top_items(
     candidates:Tensor|None=None, # (m,) long codes of the only items allowed; None: all
     exclude:tuple|None=None, # (rows of `users`, item codes), both (p,) long: pairs that are barred
     only:tuple|None=None, # (rows of `users`, item codes), both (p,) long: the only pairs allowed; or a function from a slice of rows to bool (rows,n_items)
-    tile:int|None=None, # scores held at a time; None: 4M on a CPU, 64M elsewhere
+    tile:int|None=None, # scores held at a time; None: 2M on a CPU, 64M elsewhere
     bar:bool=False, # show progress where there are several tiles?
 )->tuple: # (item codes (n,k') long, scores (n,k') float), k' at most `k`; a place that could not be filled is -1 and -inf
     "Find the best items of each user, exactly, a tile of users at a time"
@@ -135,9 +140,9 @@ def top_items(
     cols = torch.arange(1, n_items, device=dev) if candidates is None else candidates.unique()
     place = torch.full((n_items,), -1, device=dev)
     place[cols] = torch.arange(len(cols), device=dev)
-    if seen: starts,items = (o.to(dev) for o in seen_items(learn.dls, seen))
-    sets = [None if o is None or callable(o) else _by_row(o, n) for o in (exclude,only)]
-    k,per = min(k, len(cols)),max(1, ifnone(tile, 1<<(22 if dev.type=='cpu' else 26))//max(len(cols), 1))
+    if seen: starts,items = _placed(*(o.to(dev) for o in seen_items(learn.dls, seen)), place)
+    sets = [None if o is None or callable(o) else _placed(*_by_row(o, n), place) for o in (exclude,only)]
+    k,per = min(k, len(cols)),max(1, ifnone(tile, 1<<(21 if dev.type=='cpu' else 26))//max(len(cols), 1))
     recs,vals = torch.full((n,k), -1, device=dev),torch.full((n,k), -torch.inf, device=dev)
     cuts = range(0, n if k else 0, per)
     with in_mode(learn.model), torch.no_grad():
@@ -145,20 +150,20 @@ def top_items(
         for a in progress_bar(cuts, leave=False) if bar and len(cuts)>1 else cuts:
             us = users[a:a+per]
             s = raw(us)
-            if seen: _fill(s, *seen_pairs(us, starts, items), place)
-            if sets[0]: _fill(s, *_cut(*sets[0], a, a+len(us)), place)
-            if only is not None: s = _keep(s, only(slice(a, a+len(us)))[:,cols] if callable(only) else _cut(*sets[1], a, a+len(us)), place)
+            if seen: _fill(s, *seen_pairs(us, starts, items))
+            if sets[0]: _fill(s, *_cut(*sets[0], a, a+len(us)))
+            if only is not None: s = _keep(s, only(slice(a, a+len(us)))[:,cols] if callable(only) else _cut(*sets[1], a, a+len(us)))
             v,at = top_places(s, k)
             if v.isnan().any(): raise NaNScores(f"the model scores {int(v.isnan().any(1).sum())} of {len(us)} users with NaN: has training diverged?")
             recs[a:a+per] = cols[at].masked_fill(v==-torch.inf, -1)
             vals[a:a+per] = torch.where(v==-torch.inf, v, own(us, v))
     return recs,vals
 
-def _keep(s, pairs, place):
-    "Scores of the allowed pairs, -inf elsewhere; `pairs` are (rows, item codes) or a mask like `s`"
+def _keep(s, pairs):
+    "Scores of the allowed pairs, -inf elsewhere; `pairs` are (rows, places) or a mask like `s`"
     if isinstance(pairs, Tensor): return s.masked_fill_(~pairs.to(s.device), -torch.inf)
     barred = torch.ones_like(s, dtype=torch.bool)
-    _fill(barred, *pairs, place, False)
+    _fill(barred, *pairs, False)
     return s.masked_fill_(barred, -torch.inf)
 
 # %% ../nbs/10_recommend.ipynb #3c536ba4
