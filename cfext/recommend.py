@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['seen_items', 'seen_pairs', 'top_places', 'NaNScores', 'top_items', 'id_pairs', 'mmr', 'lists_frame']
 
-# %% ../nbs/10_recommend.ipynb #c4f9a9b5
-import warnings
+# %% ../nbs/10_recommend.ipynb #0c9906eb
+import threading,warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np,pandas as pd
@@ -81,7 +82,7 @@ def top_places(
         vals[rows,:k],at[rows,:k] = v,a.gather(1, i)
     return vals[:,:k],at[:,:k]
 
-# %% ../nbs/10_recommend.ipynb #49164af8
+# %% ../nbs/10_recommend.ipynb #0b499e97
 def _scorer(model, n_items, cols):
     "Two functions: users to scores (n,m) of the items `cols` that may be written to; users and such scores to the model's own"
     kind = getattr(type(model), 'score_items', None)
@@ -91,11 +92,11 @@ def _scorer(model, n_items, cols):
     bias = kind is DotProductBias.score_items
     P,Q = model.user_factors.detach(),model.item_factors.detach()[cols]
     if bias: Q = torch.cat([Q, model.item_bias.detach()[cols]], 1)
-    QT,buf = Q.T.contiguous(),[P.new_empty(0)]
+    QT,own = Q.T.contiguous(),threading.local()
     def raw(us):
-        if buf[0].numel()<len(us)*len(Q): buf[0] = P.new_empty(len(us)*len(Q))
+        if getattr(own, 'buf', P[:0]).numel()<len(us)*len(Q): own.buf = P.new_empty(len(us)*len(Q))
         p = F.pad(P[us], (0,1), value=1.) if bias else P[us]
-        return torch.mm(p, QT, out=buf[0][:len(us)*len(Q)].view(len(us), len(Q))).float()
+        return torch.mm(p, QT, out=own.buf[:len(us)*len(Q)].view(len(us), len(Q))).float()
     return raw,lambda us,s: model.squash(s+model.user_bias.detach()[us]+model.offset) if bias else model.squash(s)
 
 # %% ../nbs/10_recommend.ipynb #3dbbcedb
@@ -122,7 +123,26 @@ def _fill(s, rows, at, val=-torch.inf):
     "Set the scores of pairs (row, place) to `val`"
     s.view(-1).index_fill_(0, rows*s.shape[1]+at, val)
 
-# %% ../nbs/10_recommend.ipynb #327548e1
+# %% ../nbs/10_recommend.ipynb #27d30c96
+def _in_threads(f, cuts, n):
+    "Run `f` on each of `cuts`, in `n` threads of one processor each where there is more than one; yield as they are done"
+    if n<2 or len(cuts)<2:
+        yield from map(f, cuts)
+        return
+    def one(a):
+        with torch.no_grad(): return f(a)
+    try:
+        with ThreadPoolExecutor(n, initializer=lambda: torch.set_num_threads(1)) as ex: yield from ex.map(one, cuts)
+    finally: torch.set_num_threads(n)
+
+def _keep(s, pairs):
+    "Scores of the allowed pairs, -inf elsewhere; `pairs` are (rows, places) or a mask like `s`"
+    if isinstance(pairs, Tensor): return s.masked_fill_(~pairs.to(s.device), -torch.inf)
+    barred = torch.ones_like(s, dtype=torch.bool)
+    _fill(barred, *pairs, False)
+    return s.masked_fill_(barred, -torch.inf)
+
+# %% ../nbs/10_recommend.ipynb #57a45ec8
 def top_items(
     learn:CFLearner, # a learner, fitted; or anything with a `model` and `dls`
     users:Tensor, # (n,) long codes
@@ -131,7 +151,7 @@ def top_items(
     seen:str|None='all', # leave out what the user has in 'all' rows, in 'train' rows, or (None) nothing
     candidates:Tensor|None=None, # (m,) long codes of the only items allowed; None: all
     exclude:tuple|None=None, # (rows of `users`, item codes), both (p,) long: pairs that are barred
-    only:tuple|None=None, # (rows of `users`, item codes), both (p,) long: the only pairs allowed; or a function from a slice of rows to bool (rows,n_items)
+    only=None, # such pairs, the only ones allowed; or a function from a slice of rows to bool (rows,n_items)
     tile:int|None=None, # scores held at a time; None: 2M on a CPU, 64M elsewhere
     bar:bool=False, # show progress where there are several tiles?
 )->tuple: # (item codes (n,k') long, scores (n,k') float), k' at most `k`; a place that could not be filled is -1 and -inf
@@ -145,26 +165,21 @@ def top_items(
     k,per = min(k, len(cols)),max(1, ifnone(tile, 1<<(21 if dev.type=='cpu' else 26))//max(len(cols), 1))
     recs,vals = torch.full((n,k), -1, device=dev),torch.full((n,k), -torch.inf, device=dev)
     cuts = range(0, n if k else 0, per)
+    def one(a):
+        us = users[a:a+per]
+        s = raw(us)
+        if seen: _fill(s, *seen_pairs(us, starts, items))
+        if sets[0]: _fill(s, *_cut(*sets[0], a, a+len(us)))
+        if only is not None: s = _keep(s, only(slice(a, a+len(us)))[:,cols] if callable(only) else _cut(*sets[1], a, a+len(us)))
+        v,at = top_places(s, k)
+        if v.isnan().any(): raise NaNScores(f"the model scores {int(v.isnan().any(1).sum())} of {len(us)} users with NaN: has training diverged?")
+        recs[a:a+per] = cols[at].masked_fill(v==-torch.inf, -1)
+        vals[a:a+per] = torch.where(v==-torch.inf, v, own(us, v))
     with in_mode(learn.model), torch.no_grad():
         raw,own = _scorer(learn.model, n_items, cols)
-        for a in progress_bar(cuts, leave=False) if bar and len(cuts)>1 else cuts:
-            us = users[a:a+per]
-            s = raw(us)
-            if seen: _fill(s, *seen_pairs(us, starts, items))
-            if sets[0]: _fill(s, *_cut(*sets[0], a, a+len(us)))
-            if only is not None: s = _keep(s, only(slice(a, a+len(us)))[:,cols] if callable(only) else _cut(*sets[1], a, a+len(us)))
-            v,at = top_places(s, k)
-            if v.isnan().any(): raise NaNScores(f"the model scores {int(v.isnan().any(1).sum())} of {len(us)} users with NaN: has training diverged?")
-            recs[a:a+per] = cols[at].masked_fill(v==-torch.inf, -1)
-            vals[a:a+per] = torch.where(v==-torch.inf, v, own(us, v))
+        done = _in_threads(one, cuts, torch.get_num_threads() if dev.type=='cpu' else 1)
+        for _ in progress_bar(done, total=len(cuts), leave=False) if bar and len(cuts)>1 else done: pass
     return recs,vals
-
-def _keep(s, pairs):
-    "Scores of the allowed pairs, -inf elsewhere; `pairs` are (rows, places) or a mask like `s`"
-    if isinstance(pairs, Tensor): return s.masked_fill_(~pairs.to(s.device), -torch.inf)
-    barred = torch.ones_like(s, dtype=torch.bool)
-    _fill(barred, *pairs, False)
-    return s.masked_fill_(barred, -torch.inf)
 
 # %% ../nbs/10_recommend.ipynb #3c536ba4
 def _as_index(ids):
