@@ -2,7 +2,7 @@
 __version__ = "0.0.1"
 
 from . import (core,sources,data,embed,models,losses,negatives,closed,loop,
-    learner,callbacks,views,averaging,preds,metrics,recommend,lists,newcomers,evaluation,maps,
+    learner,callbacks,views,averaging,preds,metrics,recommend,lists,newcomers,evaluation,tuning,maps,
     interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 from .core import *
 from .sources import *
@@ -23,6 +23,7 @@ from .recommend import *
 from .lists import *
 from .newcomers import *
 from .evaluation import *
+from .tuning import *
 from .maps import *
 from .interpret import *
 from .blend import *
@@ -36,6 +37,6 @@ from .seq_models import *
 from .sequence import *
 
 _modules = (core,sources,data,embed,models,losses,negatives,closed,loop,
-    learner,callbacks,views,averaging,preds,metrics,recommend,lists,newcomers,evaluation,maps,
+    learner,callbacks,views,averaging,preds,metrics,recommend,lists,newcomers,evaluation,tuning,maps,
     interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
 __all__ = [n for m in _modules for n in m.__all__]

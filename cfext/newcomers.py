@@ -21,7 +21,7 @@ from .closed import *
 from .learner import *
 from .recommend import *
 
-# %% ../nbs/10b_newcomers.ipynb #02666575
+# %% ../nbs/10b_newcomers.ipynb #f9fb40c1
 def _sides(model, role):
     "Rows [factors, bias] to be solved, the factors they meet, and the other side's bias, as tables of a dot product"
     if not isinstance(model, DotProduct) or type(model).score_items not in (DotProduct.score_items, DotProductBias.score_items):
@@ -32,6 +32,14 @@ def _sides(model, role):
     tb,ob = (getattr(model, f'{r}_bias').detach() for r in (role,other))
     return torch.cat([T,tb], 1),torch.cat([O,torch.ones_like(ob)], 1),ob[:,0]+model.offset
 
+def _table_prior(T, shrink=0.1):
+    "Mean (d,) and precision (d,d) of the rows of a table, the covariance shrunk towards its diagonal's mean"
+    mean = T.mean(0)
+    C = (T-mean).T@(T-mean)/max(len(T)-1, 1)
+    spread = C.diagonal().mean().clamp(min=1e-8)
+    C = (1-shrink)*C + shrink*spread*torch.eye(len(C), device=C.device)
+    return mean,torch.linalg.inv(C.double()).float()
+
 class RowPrior:
     "What the rows of a fitted table are like: `mean` (d,), `precision` (d,d) and `noise`, the variance of a residual"
     def __init__(self,
@@ -40,12 +48,7 @@ class RowPrior:
         role:str='user', # the side that newcomers are on: 'user' or 'item'
         shrink:float=0.1, # share of the covariance replaced by its diagonal's mean, 0 to 1
     ):
-        T = _sides(model, check_choice(role, 'role', ('user','item')))[0][1:]
-        self.mean = T.mean(0)
-        C = (T-self.mean).T@(T-self.mean)/max(len(T)-1, 1)
-        spread = C.diagonal().mean().clamp(min=1e-8)
-        C = (1-shrink)*C + shrink*spread*torch.eye(len(C), device=C.device)
-        self.precision = torch.linalg.inv(C.double()).float()
+        self.mean,self.precision = _table_prior(_sides(model, check_choice(role, 'role', ('user','item')))[0][1:], shrink)
         with in_mode(model), torch.no_grad():
             res = torch.cat([model(x.long())-y for x,y in zip(ratings.x.split(1<<20), ratings.y.split(1<<20))])
         self.noise = (res**2).mean().clamp(min=1e-6)
@@ -162,7 +165,7 @@ def _solve_rows(model, ds, role, codes, solved, prior, n_steps=8):
             F_[codes[there]] = solve_rows(starts, others, Q, model.config['alpha0'], model.config['lam'], model.config['nu'])[1:][there]
     return codes[there]
 
-# %% ../nbs/10b_newcomers.ipynb #a047af53
+# %% ../nbs/10b_newcomers.ipynb #4ab935c8
 def _descend(learn, model, dls, codes, epochs, lr, seed):
     "Fit the rows `codes` {role: codes} of `model` by steps of the learner's loss, all else held"
     ds,mask,hooks,kept = dls.train_ds,{},[],[(p, p.requires_grad) for p in model.parameters()]
@@ -176,7 +179,10 @@ def _descend(learn, model, dls, codes, epochs, lr, seed):
         for n,p in model.named_parameters():
             role = n.split('_')[0]
             p.requires_grad_(role in mask)
-            if role in mask: hooks.append(p.register_hook(lambda g,m=mask[role]: g*m))
+            if role not in mask: continue
+            mean,precision = _table_prior(getattr(learn.model, n).detach()[1:])
+            c,m = codes[role],mask[role]
+            hooks.append(p.register_hook(lambda g,p=p,c=c,m=m,mu=mean,L=precision: (g*m).index_add_(0, c, (p.detach()[c]-mu)@L/len(sub))))
         own = type(dls)(ResidentDL(sub, bs=dls.train.bs, shuffle=True, seed=seed), ResidentDL(sub.subset(slice(0)), bs=dls.train.bs), device=dls.device)
         tmp = cf_learner(own, model, loss_func=learn.loss_func, unk_p=0, cbs=neg, wd=0.)
         with torch.random.fork_rng(), tmp.no_bar(), tmp.no_logging():
