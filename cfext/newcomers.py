@@ -102,7 +102,7 @@ def ridge_rows(
         res[b] = _ridge_block(O[others[at]], c[others[at]], ratings[at], within<n[b][:,None], prior, model.y_range, check_pos(n_steps, 'n_steps'))
     return res
 
-# %% ../nbs/10b_newcomers.ipynb #621a094f
+# %% ../nbs/10b_newcomers.ipynb #bc982f79
 def _bigger(model, role, n_new):
     "A copy of a model whose tables of one side have `n_new` more rows, each the mean of the known ones"
     new,n = copy.deepcopy(model),getattr(model, f'n_{role}s')+n_new
@@ -121,7 +121,7 @@ def _with_rows(dls, classes, x, y):
     dss = (Ratings(torch.cat([a.x, x.int()]), torch.cat([a.y, y[:,None]]), classes, a.rating_name, w),
            Ratings(b.x, b.y, classes, b.rating_name, b.w))
     res = type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)
-    res.unk = dls.unk
+    res.unk,res.also_seen = dls.unk,dls.also_seen
     return res
 
 def _more_ids(m, ids):
@@ -165,7 +165,7 @@ def _solve_rows(model, ds, role, codes, solved, prior, n_steps=8):
             F_[codes[there]] = solve_rows(starts, others, Q, model.config['alpha0'], model.config['lam'], model.config['nu'])[1:][there]
     return codes[there]
 
-# %% ../nbs/10b_newcomers.ipynb #4ab935c8
+# %% ../nbs/10b_newcomers.ipynb #8ccb36e2
 def _descend(learn, model, dls, codes, epochs, lr, seed):
     "Fit the rows `codes` {role: codes} of `model` by steps of the learner's loss, all else held"
     ds,mask,hooks,kept = dls.train_ds,{},[],[(p, p.requires_grad) for p in model.parameters()]
@@ -174,7 +174,7 @@ def _descend(learn, model, dls, codes, epochs, lr, seed):
     sub = ds.subset(rows&(ds.x>0).all(1))
     old = next((cb for cb in learn.cbs if isinstance(cb, Negatives)), Negatives())
     neg = Negatives(old.n_neg, old.how, seed=seed, **old.kwargs)
-    neg.ds,neg.sampler = sub,NegativeSampler(ds, ifnone(old.n_neg, dls.train.bs if old.how=='batch' else learn.loss_func.n_neg), old.how, **old.kwargs)
+    neg.ds,neg.sampler = sub,NegativeSampler(ds, ifnone(old.n_neg, dls.train.bs if old.how=='batch' else learn.loss_func.n_neg), old.how, also=dls.also_seen[0], **old.kwargs)
     try:
         for n,p in model.named_parameters():
             role = n.split('_')[0]

@@ -22,7 +22,7 @@ from .learner import *
 from .metrics import *
 from .evaluation import *
 
-# %% ../nbs/10d_tuning.ipynb #f870e4fd
+# %% ../nbs/10d_tuning.ipynb #1cf94ec4
 def inner_loaders(
     dls:CFDataLoaders, # loaders whose training rows are split; their validation rows are not looked at
     valid_pct:float=0.2, # share of each user's training rows to put aside, between 0 and 1
@@ -42,7 +42,7 @@ def inner_loaders(
     held = held.to(ds.x.device)
     a,b = dls.loaders[:2]
     res = type(dls)(a.new(ds.subset(~held)), b.new(ds.subset(held)), path=dls.path, device=dls.device)
-    res.unk = dls.unk
+    res.unk,res.also_seen = dls.unk,dls.also_seen
     return res
 
 # %% ../nbs/10d_tuning.ipynb #90b5cc14
