@@ -200,7 +200,15 @@ def _protocol(learn, held, seen, candidates, n_sampled, seed):
     only = tuple(torch.cat(o) for o in zip(own, id_pairs(dls, ids, candidates, 'na')))
     return dict(only=only),'ranked among the candidates given for each',' (candidates)'
 
-# %% ../nbs/10c_evaluation.ipynb #460b5a77
+# %% ../nbs/10c_evaluation.ipynb #59afeee9
+def _put_figure(df, row, col, vals, interval, seed):
+    "Write a mean, and its interval where there is one, into a frame"
+    df.loc[row,col] = vals.nanmean().item() if isinstance(vals, Tensor) else vals
+    if interval is None or not isinstance(vals, Tensor) or vals.isnan().all(): return
+    b = bootstrap_interval(vals, interval, seed=seed)
+    df.loc[row,f'{col} low'],df.loc[row,f'{col} high'] = b['low'],b['high']
+
+# %% ../nbs/10c_evaluation.ipynb #7ed10ab3
 @patch
 def evaluate(self:CFLearner,
     k:int=10, # places in each list
@@ -231,13 +239,6 @@ def evaluate(self:CFLearner,
     res = Report(res)
     res.attrs.update(counts=counts, ranked=ranked)
     return res
-
-def _put_figure(df, row, col, vals, interval, seed):
-    "Write a mean, and its interval where there is one, into a frame"
-    df.loc[row,col] = vals.nanmean().item() if isinstance(vals, Tensor) else vals
-    if interval is None or not isinstance(vals, Tensor) or vals.isnan().all(): return
-    b = bootstrap_interval(vals, interval, seed=seed)
-    df.loc[row,f'{col} low'],df.loc[row,f'{col} high'] = b['low'],b['high']
 
 # %% ../nbs/10c_evaluation.ipynb #678424a6
 @patch

@@ -51,7 +51,7 @@ def seen_pairs(
     within = torch.arange(len(rows), device=users.device) - (n.cumsum(0)-n)[rows]
     return rows,items[starts[users][rows]+within]
 
-# %% ../nbs/10_recommend.ipynb #ddea7e4a
+# %% ../nbs/10_recommend.ipynb #e250b8f7
 def _grouped(s, k, g=64):
     "Values and places of the largest `k` of each row, by the maxima of groups; equal values in any order"
     n,m = s.shape
@@ -65,17 +65,18 @@ def _grouped(s, k, g=64):
 
 def top_places(
     scores:Tensor, # (n,m) float; -inf: not to be listed
-    k:int, # places, at most m
-)->tuple: # (values (n,k), places (n,k) long), best first; equal values in the order of their places
-    "Find the largest `k` of each row, exactly and always the same ones"
+    k:int, # places
+)->tuple: # (values (n,k'), places (n,k') long), k' at most m, best first; equal values in the order of their places
+    "Find the largest `k` of each row, exactly and always the same ones; NaN counts as the largest"
     m = scores.shape[1]
+    k = min(k, m)
     vals,at = (o.clone() for o in _grouped(scores, min(k+1, m)))
     tied = (vals[:,1:]==vals[:,:-1])&(vals[:,1:]>-torch.inf)
     if tied.any():
         rows = tied[:,k-1].nonzero()[:,0] if m>k else tied.new_zeros(0).long()
-        for r in rows.split(max(1, (1<<22)//m)):
+        for r in rows.split(max(1, (1<<22)//m)) if len(rows) else ():
             s,last = scores[r],vals[r,k-1:k]
-            key = torch.where(s>last, 1, torch.where(s==last, -torch.arange(m, device=s.device, dtype=torch.float64), -torch.inf))
+            key = torch.where((s>last)|s.isnan(), 1, torch.where(s==last, -torch.arange(m, device=s.device, dtype=torch.float64), -torch.inf))
             at[r,:k] = _grouped(key, k)[1]
             vals[r,:k] = s.gather(1, at[r,:k])
         rows = tied.any(1).nonzero()[:,0]
