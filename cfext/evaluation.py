@@ -82,7 +82,7 @@ def draw_candidates(
         res.append(torch.stack([rows[:,None].expand_as(at), at], -1).reshape(-1, 2))
     return tuple(torch.cat(res).unbind(1))
 
-# %% ../nbs/10c_evaluation.ipynb #a050de71
+# %% ../nbs/10c_evaluation.ipynb #2d3c9022
 catalogue_measures = ('coverage','gini','novelty','popularity lift','diversity')
 
 def _profile(dls):
@@ -100,6 +100,7 @@ def _n_listable(dls, held, seen):
     had = torch.unique((rows*dls.n_items+codes)[codes>0]).div(dls.n_items, rounding_mode='floor')
     return dls.n_items-1+lost-torch.bincount(had, minlength=len(held.users))
 
+# %% ../nbs/10c_evaluation.ipynb #f5c32326
 def judge(
     learn, # a learner, or anything with a `model` and `dls`
     held:HeldOut, # who is judged, and by what
@@ -160,7 +161,7 @@ def _mean_preds(dls, vx):
     return {'mean rating':mu.expand(len(vx)), 'user mean':mu+user[vx[:,0]], 'item mean':mu+item[vx[:,1]],
             'user and item means':mu+bi[vx[:,1]]+bu[vx[:,0]]}
 
-# %% ../nbs/10c_evaluation.ipynb #50584759
+# %% ../nbs/10c_evaluation.ipynb #dbc2b5c8
 def _split_rows(learn, split):
     "Codes (n,2), ratings (n,) or None, and which rows have been seen by then"
     dls,ds = learn.dls,learn.dls.train_ds
@@ -180,7 +181,8 @@ def _rating_report(learn, x, y):
     "RMSE and MAE of the model and of means"
     ds = learn.dls.train_ds
     dl = ResidentDL(Ratings(x.int(), y[:,None], ds.classes, ds.rating_name), bs=learn.dls.valid.bs)
-    preds = {type(learn.model).__name__: learn.get_preds(dl=dl)[0].reshape(-1), **_mean_preds(learn.dls, x)}
+    with learn.no_bar(): own = learn.get_preds(dl=dl)[0].reshape(-1)
+    preds = {type(learn.model).__name__: own, **_mean_preds(learn.dls, x)}
     errs = {n: p.cpu()-y.cpu() for n,p in preds.items()}
     return pd.DataFrame({n: {'RMSE': (e**2).mean().sqrt().item(), 'MAE': e.abs().mean().item()} for n,e in errs.items()}).T
 
