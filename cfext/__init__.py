@@ -25,6 +25,7 @@ from .lists import *
 from .newcomers import *
 from .evaluation import *
 from .tuning import *
+from .sides import *
 from .maps import *
 from .interpret import *
 from .blend import *
