@@ -75,10 +75,10 @@ def cornac(dls, learning_rate, lambda_reg, epochs):
     return s,table(U, V, dls.n_users, dls.n_items)
 
 grids = dict(ml100k={'cfext':(cf, [dict(bs=2048, lr=0.02, wd=w, epochs=e) for w in (0.5,1.) for e in (10,)]),
-                     'implicit':(imp, [dict(learning_rate=l, regularization=0.01, epochs=e) for l in (0.02,0.05) for e in (50,)]),
+                     'implicit':(imp, [dict(learning_rate=l, regularization=0.01, epochs=e) for l in (0.005,0.01) for e in (100,)]),
                      'cornac':(cornac, [dict(learning_rate=l, lambda_reg=0.01, epochs=e) for l in (0.02,0.05) for e in (50,)])},
              ml1m={'cfext':(cf, [dict(bs=8192, lr=0.02, wd=w, epochs=8) for w in (0.3,0.6)]),
-                   'implicit':(imp, [dict(learning_rate=l, regularization=0.01, epochs=50) for l in (0.02,0.05)]),
+                   'implicit':(imp, [dict(learning_rate=l, regularization=0.01, epochs=100) for l in (0.005,0.01)]),
                    'cornac':(cornac, [dict(learning_rate=l, lambda_reg=0.01, epochs=50) for l in (0.02,0.05)])})
 
 def one_set(name, repeats):

@@ -85,10 +85,10 @@ def top_places(
         vals[rows,:k],at[rows,:k] = v,a.gather(1, i)
     return vals[:,:k],at[:,:k]
 
-# %% ../nbs/10_recommend.ipynb #2c53a24e
+# %% ../nbs/10_recommend.ipynb #e1766157
 def _scorer(model, n_items, cols):
     "Two functions: users to scores (n,m) of the items `cols` that may be written to; users and such scores to the model's own"
-    if isinstance(model, BuiltFactors): model = model.without_rows()
+    if isinstance(model, BuiltFactors): model = BuiltFactors.without_rows(model)
     kind = getattr(type(model), 'score_items', None)
     if kind not in (DotProduct.score_items, DotProductBias.score_items):
         score = getattr(model, 'score_items', None) or (lambda us: score_by_forward(model, us, n_items))
