@@ -21,8 +21,11 @@ from .averaging import *
 from .preds import *
 from .metrics import *
 from .recommend import *
+from .lists import *
 from .newcomers import *
+from .evaluation import *
 from .sides import *
+from .tuning import *
 from .maps import *
 from .interpret import *
 from .blend import *

@@ -5,18 +5,15 @@
 # %% auto #0
 __all__ = ['list_measures', 'hit_matrix', 'recall_at_k', 'precision_at_k', 'hit_rate_at_k', 'ndcg_at_k', 'mrr',
            'average_precision_at_k', 'auc_at_k', 'coverage', 'gini', 'novelty', 'popularity_lift', 'diversity',
-           'errors_by_group', 'to_cpu_array', 'bootstrap_interval', 'paired_test', 'ListMetric', 'list_metrics']
+           'errors_by_group', 'to_cpu_array', 'bootstrap_interval', 'paired_test']
 
-# %% ../nbs/09_metrics.ipynb #d0885c72
+# %% ../nbs/09_metrics.ipynb #8bbe0b9f
 import numpy as np,pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from fastai.learner import Metric
 from fastcore.basics import *
 from .core import *
-from .models import *
-from .negatives import *
 
 # %% ../nbs/09_metrics.ipynb #793d7f52
 def hit_matrix(
@@ -78,7 +75,7 @@ def mrr(
     first = hits.float().argmax(1)+1
     return _per_user(hits.any(1)/first, n_rel)
 
-# %% ../nbs/09_metrics.ipynb #91937cec
+# %% ../nbs/09_metrics.ipynb #6fc8f465
 def average_precision_at_k(
     hits:Tensor, # (n,k) bool from `hit_matrix`
     n_rel:Tensor, # (n,) relevant items of each user
@@ -90,14 +87,20 @@ def average_precision_at_k(
 def auc_at_k(
     hits:Tensor, # (n,k) bool from `hit_matrix`
     n_rel:Tensor, # (n,) relevant items of each user
-    n_cand:int|Tensor, # items that could have been listed, for all users or (n,) for each; at least k and `n_rel`
+    n_cand:int|Tensor, # items that could have been listed, for all users or (n,) for each; at least those listed and `n_rel`
+    n_listed:Tensor|None=None, # (n,) filled places of each list; None: all
 )->Tensor: # (n,) float, 0 to 1; NaN without relevant or without irrelevant items
     "Compute the area under the ROC curve, items below the list in random order"
     n_neg = torch.as_tensor(n_cand, device=hits.device)-n_rel
-    if (n_neg<(~hits).sum(1)).any(): raise ValueError("`n_cand` is smaller than the number of items that are listed or relevant")
-    in_list = (hits.cumsum(1)*~hits).sum(1)
-    below = (hits.sum(1)+n_rel)/2*(n_neg-(~hits).sum(1))
+    miss = ~hits
+    if n_listed is not None: miss &= torch.arange(hits.shape[1], device=hits.device)<n_listed[:,None]
+    if (n_neg<miss.sum(1)).any(): raise ValueError("`n_cand` is smaller than the number of items that are listed or relevant")
+    in_list = (hits.cumsum(1)*miss).sum(1)
+    below = (hits.sum(1)+n_rel)/2*(n_neg-miss.sum(1))
     return _per_user((in_list+below)/(n_rel*n_neg), n_rel*n_neg)
+
+# %% ../nbs/09_metrics.ipynb #afe92e63
+list_measures = {'recall':recall_at_k, 'precision':precision_at_k, 'hit rate':hit_rate_at_k, 'NDCG':ndcg_at_k, 'MRR':mrr, 'MAP':average_precision_at_k}
 
 # %% ../nbs/09_metrics.ipynb #f3ebcd32
 def coverage(
@@ -202,71 +205,3 @@ def paired_test(
     res,rng = bootstrap_interval(d, level, n_boot=n_boot, seed=seed),np.random.default_rng(seed+1)
     null = [abs(((rng.integers(0, 2, len(d))*2-1)*d).mean()) for _ in range(n_boot)]
     return dict(**res, p=(1+sum(o>=abs(d.mean())-1e-12 for o in null))/(1+n_boot))
-
-# %% ../nbs/09_metrics.ipynb #5109d877
-list_measures = {'recall':recall_at_k, 'precision':precision_at_k, 'hit rate':hit_rate_at_k, 'NDCG':ndcg_at_k, 'MRR':mrr, 'MAP':average_precision_at_k}
-
-class _Lists:
-    "The hits of the validation users' lists, made once for all measures of an epoch"
-    def __init__(self, k, n_users, seed): self.k,self.n_users,self.seed = k,n_users,seed
-    def reset(self): self.xs,self.hits = [],None
-    def add(self, learn, x):
-        self.learn = learn
-        self.xs.append(x)
-    def get(self):
-        if self.hits is None: self.hits = self._hits(self.learn, torch.cat(self.xs))
-        return self.hits
-
-@patch
-def _hits(self:_Lists, learn, x):
-    "Hits and numbers of relevant items of the users of `x`"
-    model,ds = learn.model,learn.dls.train_ds
-    users = x[x[:,0]>0,0].unique()
-    if self.n_users and len(users)>self.n_users:
-        users = users[torch.randperm(len(users), generator=torch.Generator().manual_seed(self.seed))[:self.n_users].to(users.device)].sort().values
-    at = torch.full((ds.n_users,), -1, device=x.device)
-    at[users] = torch.arange(len(users), device=x.device)
-    had = seen_rows(learn.dls, 'train').long()
-    row,seen = at[x[:,0]],at[had[:,0]]
-    score = getattr(model, 'score_items', None) or (lambda us: score_by_forward(model, us, ds.n_items))
-    recs,tile,order = [],max(1, (1<<24)//ds.n_items),seen.argsort()
-    seen,item = seen[order],had[order,1]
-    with torch.no_grad():
-        for a in range(0, len(users), tile):
-            s = score(users[a:a+tile]).float().clone()
-            lo,hi = torch.searchsorted(seen, torch.tensor([a, a+len(s)], device=x.device)).tolist()
-            s[seen[lo:hi]-a, item[lo:hi]] = -torch.inf
-            s[:,0] = -torch.inf
-            top = s.topk(min(self.k, s.shape[1]), dim=1)
-            recs.append(top.indices.masked_fill(top.values==-torch.inf, -1))
-    keep = row>=0
-    return hit_matrix(torch.cat(recs), torch.stack([row[keep], x[keep,1]], 1))
-
-# %% ../nbs/09_metrics.ipynb #34acf7ee
-class ListMetric(Metric):
-    "The mean over validation users of a measure of their lists; made by `list_metrics`"
-    def __init__(self,
-        measure:str, # one of `list_measures`
-        k:int=10, # places in each list
-        lists=None, # shared with other measures; None: its own
-    ):
-        self.func = list_measures[check_choice(measure, 'measure', list(list_measures))]
-        self.lists = ifnone(lists, _Lists(check_pos(k, 'k'), None, 0))
-        self._name = f'{measure}@{self.lists.k}'
-    def reset(self): self.lists.reset()
-    def accumulate(self, learn):
-        if not self.lists.xs or self.lists.xs[-1] is not learn.xb[0]: self.lists.add(learn, learn.xb[0])
-    @property
-    def value(self): return self.func(*self.lists.get()).nanmean().item() if self.lists.xs else None
-    @property
-    def name(self): return self._name
-
-def list_metrics(
-    *measures:str, # of `list_measures`; none given: recall and NDCG
-    k:int=10, # places in each list
-    n_users:int|None=None, # users to judge by; None: all of the validation rows
-    seed:int=0, # which users, if not all
-)->list: # `ListMetric`s, for a learner's `metrics`
-    "Make metrics of lists for `fit`, which share the lists"
-    lists = _Lists(check_pos(k, 'k'), n_users, seed)
-    return [ListMetric(m, k, lists) for m in measures or ('recall','NDCG')]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RowPrior', 'ridge_rows']
 
-# %% ../nbs/10b_newcomers.ipynb #58a35ed0
-import warnings
+# %% ../nbs/10b_newcomers.ipynb #bcd16ad8
+import copy,warnings
 
 import numpy as np,pandas as pd
 import torch
@@ -15,10 +15,13 @@ from fastcore.all import *
 from .core import *
 from .data import *
 from .models import *
+from .losses import *
+from .negatives import *
+from .closed import *
 from .learner import *
 from .recommend import *
 
-# %% ../nbs/10b_newcomers.ipynb #02666575
+# %% ../nbs/10b_newcomers.ipynb #f9fb40c1
 def _sides(model, role):
     "Rows [factors, bias] to be solved, the factors they meet, and the other side's bias, as tables of a dot product"
     if not isinstance(model, DotProduct) or type(model).score_items not in (DotProduct.score_items, DotProductBias.score_items):
@@ -29,6 +32,14 @@ def _sides(model, role):
     tb,ob = (getattr(model, f'{r}_bias').detach() for r in (role,other))
     return torch.cat([T,tb], 1),torch.cat([O,torch.ones_like(ob)], 1),ob[:,0]+model.offset
 
+def _table_prior(T, shrink=0.1):
+    "Mean (d,) and precision (d,d) of the rows of a table, the covariance shrunk towards its diagonal's mean"
+    mean = T.mean(0)
+    C = (T-mean).T@(T-mean)/max(len(T)-1, 1)
+    spread = C.diagonal().mean().clamp(min=1e-8)
+    C = (1-shrink)*C + shrink*spread*torch.eye(len(C), device=C.device)
+    return mean,torch.linalg.inv(C.double()).float()
+
 class RowPrior:
     "What the rows of a fitted table are like: `mean` (d,), `precision` (d,d) and `noise`, the variance of a residual"
     def __init__(self,
@@ -37,12 +48,7 @@ class RowPrior:
         role:str='user', # the side that newcomers are on: 'user' or 'item'
         shrink:float=0.1, # share of the covariance replaced by its diagonal's mean, 0 to 1
     ):
-        T = _sides(model, check_choice(role, 'role', ('user','item')))[0][1:]
-        self.mean = T.mean(0)
-        C = (T-self.mean).T@(T-self.mean)/max(len(T)-1, 1)
-        spread = C.diagonal().mean().clamp(min=1e-8)
-        C = (1-shrink)*C + shrink*spread*torch.eye(len(C), device=C.device)
-        self.precision = torch.linalg.inv(C.double()).float()
+        self.mean,self.precision = _table_prior(_sides(model, check_choice(role, 'role', ('user','item')))[0][1:], shrink)
         with in_mode(model), torch.no_grad():
             res = torch.cat([model(x.long())-y for x,y in zip(ratings.x.split(1<<20), ratings.y.split(1<<20))])
         self.noise = (res**2).mean().clamp(min=1e-6)
@@ -96,18 +102,16 @@ def ridge_rows(
         res[b] = _ridge_block(O[others[at]], c[others[at]], ratings[at], within<n[b][:,None], prior, model.y_range, check_pos(n_steps, 'n_steps'))
     return res
 
-# %% ../nbs/10b_newcomers.ipynb #9c0a9634
-def _bigger(model, role, n_new, codes, rows):
-    "A copy of a dot product with `n_new` more rows on one side, and rows `codes` of it set to `rows`"
-    config = {**model.config, f'n_{role}s': model.config[f'n_{role}s']+n_new}
-    new = type(model)(**config).to(rows.device)
-    state = {k: v.clone() for k,v in model.state_dict().items()}
-    f = model.item_factors.shape[1]
-    for k,val in ((f'{role}_factors', rows[:,:f]), (f'{role}_bias', rows[:,f:])):
-        if k not in state: continue
-        state[k] = torch.cat([state[k], state[k].new_zeros(n_new, state[k].shape[1])])
-        state[k][codes] = val
-    new.load_state_dict(state)
+# %% ../nbs/10b_newcomers.ipynb #bc982f79
+def _bigger(model, role, n_new):
+    "A copy of a model whose tables of one side have `n_new` more rows, each the mean of the known ones"
+    new,n = copy.deepcopy(model),getattr(model, f'n_{role}s')+n_new
+    for k in ('factors','bias'):
+        if (t := getattr(model, f'{role}_{k}', None)) is None: continue
+        rows = torch.cat([t.detach(), t.detach()[1:].mean(0, keepdim=True).expand(n_new, -1)])
+        setattr(new, f'{role}_{k}', nn.Parameter(rows, requires_grad=t.requires_grad))
+    setattr(new, f'n_{role}s', n)
+    new.config = {**new.config, f'n_{role}s': n}
     return new
 
 def _with_rows(dls, classes, x, y):
@@ -117,49 +121,155 @@ def _with_rows(dls, classes, x, y):
     dss = (Ratings(torch.cat([a.x, x.int()]), torch.cat([a.y, y[:,None]]), classes, a.rating_name, w),
            Ratings(b.x, b.y, classes, b.rating_name, b.w))
     res = type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)
-    res.unk = dls.unk
+    res.unk,res.also_seen = dls.unk,dls.also_seen
     return res
 
-# %% ../nbs/10b_newcomers.ipynb #a707f936
+def _more_ids(m, ids):
+    "An `IdMap` with the ids that it lacks put behind its own"
+    fresh = pd.Index(pd.unique(pd.Series(ids)))
+    if fresh.isna().any(): raise ValueError(f"the rows hold {int(pd.isna(ids).sum())} missing ids: drop them first")
+    fresh = fresh[m.encode(fresh)==0]
+    return IdMap(m.ids.append(fresh) if len(fresh) else m.ids)
+
+# %% ../nbs/10b_newcomers.ipynb #3ae92ccd
+def _kind(learn, how):
+    "How rows are found: 'ridge', 'ials' or 'steps'"
+    model,rank = learn.model,isinstance(learn.loss_func, RankingLoss)
+    how = ifnone(how, 'ials' if isinstance(model, IALS) else 'steps' if rank else 'ridge')
+    check_choice(how, 'how', ('ridge','ials','steps'))
+    if how=='steps' and not isinstance(model, DotProduct): raise TypeError(f"{type(model).__name__} cannot take newcomers: rows are found only for dot products")
+    if how=='steps' and not rank: raise ValueError("how='steps' goes with a ranking loss such as BPRLoss(); for ratings leave it at 'ridge'")
+    if how=='ials' and not isinstance(model, IALS): raise ValueError(f"how='ials' goes with IALS, not {type(model).__name__}")
+    if how=='ridge': _sides(model, 'user')
+    return how
+
+def _solve_rows(model, ds, role, codes, solved, prior, n_steps=8):
+    "Write the rows `codes` of one side of `model`, by the rows of `ds` whose other side is `solved`"
+    j = int(role=='item')
+    place = torch.full((getattr(model, f'n_{role}s'),), -1, device=codes.device)
+    place[codes] = torch.arange(len(codes), device=codes.device)
+    own,other = place[ds.x[:,j].long()],ds.x[:,1-j].long()
+    hit = (own>=0)&solved[other]
+    own,other,y = own[hit],other[hit],ds.y[hit,0]
+    there = torch.bincount(own, minlength=len(codes))>0
+    F_,B = (getattr(model, f'{role}_{k}', None) for k in ('factors','bias'))
+    with torch.no_grad():
+        if isinstance(prior, RowPrior):
+            rows = ridge_rows(model, own, other, y, prior, role, n_steps=n_steps) if len(own) else F_[:0]
+            rows,at = rows[there[:len(rows)]],codes[there]
+            F_[at] = rows[:,:F_.shape[1]]
+            if B is not None: B[at] = rows[:,F_.shape[1]:]
+        else:
+            starts,others = user_histories(torch.stack([own+1,other], 1), len(codes)+1, len(solved))
+            Q = getattr(model, ('item','user')[j]+'_factors').detach()
+            F_[codes[there]] = solve_rows(starts, others, Q, model.config['alpha0'], model.config['lam'], model.config['nu'])[1:][there]
+    return codes[there]
+
+# %% ../nbs/10b_newcomers.ipynb #8ccb36e2
+def _descend(learn, model, dls, codes, epochs, lr, seed):
+    "Fit the rows `codes` {role: codes} of `model` by steps of the learner's loss, all else held"
+    ds,mask,hooks,kept = dls.train_ds,{},[],[(p, p.requires_grad) for p in model.parameters()]
+    for role,c in codes.items(): mask[role] = torch.zeros(getattr(model, f'n_{role}s'), 1, device=dls.device).index_fill_(0, c, 1.)
+    rows = sum(m[ds.x[:,int(r=='item')].long(),0] for r,m in mask.items())>0
+    sub = ds.subset(rows&(ds.x>0).all(1))
+    old = next((cb for cb in learn.cbs if isinstance(cb, Negatives)), Negatives())
+    neg = Negatives(old.n_neg, old.how, seed=seed, **old.kwargs)
+    neg.ds,neg.sampler = sub,NegativeSampler(ds, ifnone(old.n_neg, dls.train.bs if old.how=='batch' else learn.loss_func.n_neg), old.how, also=dls.also_seen[0], **old.kwargs)
+    try:
+        for n,p in model.named_parameters():
+            role = n.split('_')[0]
+            p.requires_grad_(role in mask)
+            if role not in mask: continue
+            mean,precision = _table_prior(getattr(learn.model, n).detach()[1:])
+            c,m = codes[role],mask[role]
+            hooks.append(p.register_hook(lambda g,p=p,c=c,m=m,mu=mean,L=precision: (g*m).index_add_(0, c, (p.detach()[c]-mu)@L/len(sub))))
+        own = type(dls)(ResidentDL(sub, bs=dls.train.bs, shuffle=True, seed=seed), ResidentDL(sub.subset(slice(0)), bs=dls.train.bs), device=dls.device)
+        tmp = cf_learner(own, model, loss_func=learn.loss_func, unk_p=0, cbs=neg, wd=0.)
+        with torch.random.fork_rng(), tmp.no_bar(), tmp.no_logging():
+            torch.manual_seed(seed)
+            tmp.fit_one_cycle(check_pos(epochs, 'epochs'), lr)
+    finally:
+        for h in hooks: h.remove()
+        for p,r in kept: p.requires_grad_(r)
+
+def _learner_like(learn, dls, model):
+    "A learner over other loaders and another model, else the same"
+    drop,neg = ([cb for cb in learn.cbs if isinstance(cb, c)] for c in (IdDropout, Negatives))
+    cbs = [Negatives(o.n_neg, o.how, seed=o.seed, **o.kwargs) for o in neg]
+    return cf_learner(dls, model, loss_func=learn.loss_func, opt_func=learn.opt_func, lr=learn.lr, wd=learn.wd, unk_p=drop[0].p if drop else 0,
+                      metrics=list(learn.metrics), path=learn.path, cbs=cbs)
+
+# %% ../nbs/10b_newcomers.ipynb #f27be390
+def _codes(self, df, classes):
+    "Codes (n,2) and ratings (n,) of rows"
+    ds = self.dls.train_ds
+    x = torch.stack([torch.from_numpy(classes[n].encode(df[n])).long() for n in ds.cat_names], 1).to(self.dls.device)
+    y = torch.ones(len(df)) if ds.rating_name is None else torch.from_numpy(df[ds.rating_name].to_numpy(np.float32))
+    if not y.isfinite().all(): raise ValueError(f"{ds.rating_name!r} holds {int((~y.isfinite()).sum())} missing or infinite values")
+    return x,y.to(self.dls.device)
+
 @patch
 def fold_in(self:CFLearner,
     interactions:pd.DataFrame, # rows with the loaders' columns of users, items and ratings
     role:str='user', # the side whose rows are solved for: 'user' or 'item'
     *,
-    prior:RowPrior|None=None, # what such rows are like; None: as the fitted ones
-    n_steps:int=8, # steps where the model has a `y_range`, at most
+    how:str|None=None, # 'ridge' for ratings, 'ials' for `IALS`, 'steps' for ranking losses; None: as the model was fitted
+    prior:RowPrior|None=None, # for 'ridge': what such rows are like; None: as the fitted ones
+    n_steps:int=8, # for 'ridge': steps where the model has a `y_range`, at most
+    epochs:int=20, # for 'steps': passes over the newcomers' rows
+    lr:float=0.05, # for 'steps': highest learning rate
+    seed:int=0, # for 'steps': of order and negatives
 )->CFLearner: # a new learner that knows the new ids; this one is left as it is
     "Add users (or items) that were not there in training, their rows solved for and nothing else changed"
-    dls,ds,model = self.dls,self.dls.train_ds,self.model
+    ds,model,how = self.dls.train_ds,self.model,_kind(self, how)
     j = ('user','item').index(check_choice(role, 'role', ('user','item')))
-    _sides(model, role)
     check_cols(interactions, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
-    name,other = ds.cat_names[j],ds.cat_names[1-j]
+    name,other,odd = ds.cat_names[j],ds.cat_names[1-j],('item','user')[j]
     known = ds.classes[other].encode(interactions[other])>0
-    if not known.all(): warnings.warn(f"{int((~known).sum()):,} of {len(known):,} rows have an unknown {'item' if role=='user' else 'user'} and are left out", stacklevel=2)
+    if not known.all(): warnings.warn(f"{int((~known).sum()):,} of {len(known):,} rows have an unknown {odd} and are left out", stacklevel=2)
     df = interactions[known]
-    if not len(df): raise ValueError(f"no row is left to fold in: the {len(interactions)} rows name no known {'item' if role=='user' else 'user'}")
-    fresh = pd.Index(df[name].unique())
-    fresh = fresh[ds.classes[name].encode(fresh)==0]
-    classes = {**ds.classes, name: IdMap(ds.classes[name].ids.append(fresh) if len(fresh) else ds.classes[name].ids)}
-    x = torch.stack([torch.from_numpy(classes[n].encode(df[n])).long() for n in ds.cat_names], 1).to(dls.device)
-    y = torch.ones(len(df)) if ds.rating_name is None else torch.from_numpy(df[ds.rating_name].to_numpy(np.float32))
-    if not y.isfinite().all(): raise ValueError(f"{ds.rating_name!r} holds {int((~y.isfinite()).sum())} missing or infinite values")
-    return self._grown(role, len(fresh), classes, x, y.to(dls.device), ifnone(prior, RowPrior(model, ds, role)), n_steps)
+    if not len(df): raise ValueError(f"no row is left to fold in: the {len(interactions)} rows name no known {odd}")
+    classes = {**ds.classes, name: _more_ids(ds.classes[name], df[name])}
+    x,y = _codes(self, df, classes)
+    dls,new = _with_rows(self.dls, classes, x, y),_bigger(model, role, len(classes[name])-len(ds.classes[name]))
+    if how=='steps': _descend(self, new, dls, {role: x[:,j].unique()}, epochs, lr, seed)
+    else:
+        prior = ifnone(prior, RowPrior(model, ds, role)) if how=='ridge' else None
+        solved = torch.ones(getattr(new, f'n_{odd}s'), dtype=torch.bool, device=x.device)
+        solved[0] = False
+        _solve_rows(new, dls.train_ds, role, x[:,j].unique(), solved, prior, n_steps)
+    return _learner_like(self, dls, new)
 
-# %% ../nbs/10b_newcomers.ipynb #535c87dd
+# %% ../nbs/10b_newcomers.ipynb #56081f98
 @patch
-def _grown(self:CFLearner, role, n_new, classes, x, y, prior, n_steps):
-    "The learner with the rows of `x` solved for"
-    dls,j = _with_rows(self.dls, classes, x, y),role=='item'
-    codes = x[:,int(j)].unique()
-    all_x,all_y = dls.train_ds.x.long(),dls.train_ds.y[:,0]
-    place = torch.full((len(classes[dls.cat_names[int(j)]]),), -1, device=x.device)
-    place[codes] = torch.arange(len(codes), device=x.device)
-    own = place[all_x[:,int(j)]]
-    hit = (own>=0)&(all_x[:,1-int(j)]>0)
-    rows = ridge_rows(self.model, own[hit], all_x[hit, 1-int(j)], all_y[hit], prior, role, n_steps=n_steps)
-    model = _bigger(self.model, role, n_new, codes, rows)
-    drop = [cb.p for cb in self.cbs if isinstance(cb, IdDropout)]
-    return cf_learner(dls, model, loss_func=self.loss_func, opt_func=self.opt_func, lr=self.lr, wd=self.wd, unk_p=drop[0] if drop else 0,
-                      metrics=list(self.metrics), path=self.path)
+def partial_fit(self:CFLearner,
+    rows:pd.DataFrame, # new rows with the loaders' columns of users, items and ratings, of known and new ids
+    *,
+    known:bool=True, # also solve anew for known users that the rows name?
+    rounds:int=2, # times that items and then users are solved for
+    how:str|None=None, # 'ridge', 'ials' or 'steps', as for `fold_in`; None: as the model was fitted
+    epochs:int=20, # for 'steps': passes over the rows of those who are solved for
+    lr:float=0.05, # for 'steps': highest learning rate
+    seed:int=0, # for 'steps': of order and negatives
+)->CFLearner: # a new learner that knows the new rows and ids; this one is left as it is
+    "Learn from new rows: add users and items, and solve for those and for the known users that are named"
+    ds,how = self.dls.train_ds,_kind(self, how)
+    check_cols(rows, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
+    if not len(rows): raise ValueError("`rows` is an empty frame: there is nothing to learn from")
+    classes = {n: _more_ids(ds.classes[n], rows[n]) for n in ds.cat_names}
+    x,y = _codes(self, rows, classes)
+    dls,model,todo,solved = _with_rows(self.dls, classes, x, y),self.model,{},{}
+    for j,(role,n) in enumerate(zip(('user','item'), ds.cat_names)):
+        model,had = _bigger(model, role, len(classes[n])-len(ds.classes[n])),len(ds.classes[n])
+        solved[role] = torch.arange(len(classes[n]), device=x.device)<had
+        solved[role][0] = False
+        named = x[:,j].unique()
+        todo[role] = named if role=='user' and known else named[named>=had]
+    todo = {r: c for r,c in todo.items() if len(c)}
+    if how=='steps' and todo: _descend(self, model, dls, todo, epochs, lr, seed)
+    if how!='steps':
+        prior = {r: RowPrior(self.model, ds, r) if how=='ridge' else None for r in todo}
+        for _ in range(check_pos(rounds, 'rounds')):
+            for role,other in (('item','user'),('user','item')):
+                if role in todo: solved[role][_solve_rows(model, dls.train_ds, role, todo[role], solved[other], prior[role])] = True
+    return _learner_like(self, dls, model)

@@ -114,3 +114,116 @@ def test_bad_rows(pair):
         learn.fold_in(new.assign(rating=[float('nan'),*new.rating[1:]]))
     with pytest.raises(ValueError, match="`role`='film'"): learn.fold_in(new, 'film')
     with pytest.raises(ValueError, match='is not a column'): learn.fold_in(new.drop(columns='title'))
+
+def ranked(loss=None, cls='dot', **neg):
+    df = synth_ratings(120, 60, 3000)
+    dls = CFDataLoaders.from_df(df[df.user<=100], item_name='title', rating_name=None, seed=0, device='cpu', bs=64)
+    if cls is IALS: return cf_learner(dls, IALS(dls, 4, n_iter=3)),df[df.user>100]
+    torch.manual_seed(0)
+    learn = cf_learner(dls, cls, n_factors=4, loss_func=loss, cbs=Negatives(seed=0, **neg), seed=0)
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(4, 0.03)
+    return learn,df[df.user>100]
+
+def same_but(a, b, role, codes, had):
+    "Assert that all rows of one side but `codes` and the new ones are the same to the bit"
+    keep = torch.ones(had, dtype=torch.bool)
+    keep[codes[codes<had]] = False
+    for k in ('factors','bias'):
+        t = getattr(a, f'{role}_{k}', None)
+        if t is not None: assert torch.equal(t[keep], getattr(b, f'{role}_{k}')[:had][keep])
+
+@pytest.mark.parametrize('loss,cls,neg', [(BPRLoss(),'dot',dict(n_neg=3)), (FullSoftmaxLoss(),DotProduct,{}), (SampledSoftmaxLoss(),'dot',dict(n_neg=9, how='popularity')),
+                                          (CCLLoss(),CosineProduct,dict(n_neg=5)), (None,IALS,{})], ids=['bpr','softmax','sampled','ccl','ials'])
+def test_ranking_models_take_newcomers_and_leave_the_others_alone(loss, cls, neg):
+    learn,new = ranked(loss, cls, **neg)
+    state,rng = {k: v.clone() for k,v in learn.model.state_dict().items()},torch.get_rng_state()
+    got,again = learn.fold_in(new),learn.fold_in(new)
+    assert torch.equal(rng, torch.get_rng_state()) and all(torch.equal(v, state[k]) for k,v in learn.model.state_dict().items())
+    n = learn.dls.n_users
+    same_but(learn.model, got.model, 'user', torch.arange(0), n)
+    same_but(learn.model, got.model, 'item', torch.arange(0), learn.dls.n_items)
+    assert torch.equal(got.model.user_factors, again.model.user_factors)
+    own = got.model.user_factors[n:]
+    assert own.shape==(new.user.nunique(), got.model.user_factors.shape[1]) and len(own.unique(dim=0))==len(own)
+    assert all(p.requires_grad==q.requires_grad for p,q in zip(got.model.parameters(), learn.model.parameters()))
+    assert type(got.loss_func)==type(learn.loss_func) and len(got.recommend(new.user.unique(), k=3))==3*new.user.nunique()
+
+def test_ials_folds_in_what_it_would_have_solved():
+    df = synth_ratings(120, 60, 3000)
+    dls = CFDataLoaders.from_df(df, item_name='title', rating_name=None, valid_pct=0, device='cpu')
+    model = IALS(dls, 4, n_iter=2)
+    got = cf_learner(dls, model).fold_in(df[df.user==7])
+    starts,items = user_histories(dls.train_ds.x, dls.n_users, dls.n_items)
+    u = dls.encode_ids([7], 'user')
+    want = solve_rows(starts, items, model.item_factors, model.config['alpha0'], model.config['lam'], model.config['nu'])[u]
+    torch.testing.assert_close(got.model.user_factors[u].detach(), want.detach(), atol=1e-4, rtol=1e-3)
+
+def test_new_items_of_a_ranking_model_are_found_by_those_who_like_them():
+    learn,_ = ranked(FullSoftmaxLoss())
+    fans = learn.dls.classes['user'].ids[:50]
+    got = learn.fold_in(pd.DataFrame(dict(user=fans, title='Hit')), 'item')
+    other = learn.fold_in(pd.DataFrame(dict(user=fans[:2], title='Flop')), 'item')
+    us = torch.arange(1, 101)
+    assert got.model.score_items(us)[:,-1].mean()>other.model.score_items(us)[:,-1].mean()
+
+def day(learn):
+    "New users, new items, known users, and an item that only new users know"
+    ids = learn.dls.classes
+    u,t = ids['user'].ids,ids['title'].ids
+    return pd.DataFrame([(901,t[0],5.),(901,t[3],2.),(901,'A',4.),(901,'B',3.),(902,'B',5.),(902,t[5],1.),(u[4],'A',5.),(u[4],t[7],2.),(u[9],'A',4.)], columns=['user','title','rating'])
+
+@pytest.mark.parametrize('kind', ['ratings','plain','bpr','ials'])
+@pytest.mark.parametrize('known', [True, False])
+def test_partial_fit_takes_everything_at_once(kind, known, tmp_path):
+    learn = dict(ratings=lambda: fitted()[0], plain=lambda: fitted(None, DotProduct)[0], bpr=lambda: ranked(BPRLoss(), n_neg=3)[0], ials=lambda: ranked(cls=IALS)[0])[kind]()
+    rows,dls = day(learn),learn.dls
+    frame,state = rows.copy(),{k: v.clone() for k,v in learn.model.state_dict().items()}
+    got = learn.partial_fit(rows, known=known)
+    pd.testing.assert_frame_equal(rows, frame)
+    assert all(torch.equal(v, state[k]) for k,v in learn.model.state_dict().items())
+    assert (got.dls.n_users, got.dls.n_items, len(got.dls.train_ds))==(dls.n_users+2, dls.n_items+2, len(dls.train_ds)+len(rows))
+    assert got.dls.classes['title'].ids[-2:].tolist()==['A','B'] and got.dls.classes['user'].ids[:-2].equals(dls.classes['user'].ids)
+    named = dls.encode_ids(dls.classes['user'].ids[[4,9]], 'user')
+    same_but(learn.model, got.model, 'user', named if known else torch.arange(0), dls.n_users)
+    same_but(learn.model, got.model, 'item', torch.arange(0), dls.n_items)
+    if known: assert not torch.equal(got.model.user_factors[named], learn.model.user_factors[named])
+    x = dls.train_ds.x.long()
+    x = x[~torch.isin(x[:,0], named)]
+    with torch.no_grad(): assert torch.equal(got.model.eval()(x), learn.model.eval()(x))
+    recs = got.recommend([901,902], k=4)
+    assert len(recs)==8 and not set(recs.title[recs.user==901])&set(rows.title[rows.user==901])
+    assert (got.model.item_factors[-2:]!=0).any(1).all() and len(got.model.item_factors[-2:].unique(dim=0))==2
+    assert len(got.similar_items('B', k=2))==2 and len(got.similar_users(902, k=2))==2
+    path = tmp_path/'b'
+    learn.save_bundle(path)
+    load_bundle(path, device='cpu').partial_fit(rows, known=known).save_bundle(path)
+    pd.testing.assert_frame_equal(load_bundle(path, device='cpu').recommend([901,902,dls.classes['user'].ids[4]], k=4),
+                                  got.recommend([901,902,dls.classes['user'].ids[4]], k=4), check_exact=False, rtol=1e-4)
+
+def test_partial_fit_of_users_is_fold_in(pair):
+    learn,new = pair
+    a,b = learn.partial_fit(new),learn.fold_in(new)
+    torch.testing.assert_close(a.model.user_factors, b.model.user_factors)
+    assert torch.equal(a.dls.train_ds.x, b.dls.train_ds.x)
+
+def test_what_was_seen_besides_the_rows_stays_seen():
+    df = synth_ratings(80, 60, 2000)
+    full = CFDataLoaders.from_df(df[df.user<=70], item_name='title', seed=0, device='cpu', bs=64)
+    dls = full.positives(4)
+    learn = cf_learner(dls, n_factors=3, loss_func=BPRLoss(), cbs=Negatives(2, seed=0), seed=0)
+    got = learn.fold_in(df[(df.user>70)&(df.rating>=4)])
+    low = full.train_ds.frame((full.train_ds.x, full.train_ds.y))
+    u = low.user[low.rating<4].iloc[0]
+    assert not set(got.recommend(u, k=20).title)&set(low.title[low.user==u])
+    assert not set(learn.recommend(u, k=20).title)&set(low.title[low.user==u])
+    assert torch.equal(inner_loaders(dls).also_seen[0], dls.also_seen[0])
+
+def test_partial_fit_bad_input(pair):
+    learn,new = pair
+    with pytest.raises(ValueError, match='is an empty frame'): learn.partial_fit(new[:0])
+    with pytest.raises(ValueError, match='1 missing or infinite'): learn.partial_fit(new.assign(rating=[float('inf'),*new.rating[1:]]))
+    with pytest.raises(ValueError, match='missing ids'): learn.partial_fit(new.assign(title=[None,*new.title[1:]]))
+    with pytest.raises(ValueError, match='is not a column'): learn.partial_fit(new.drop(columns='user'))
+    with pytest.raises(ValueError, match="`how`='sgd'"): learn.partial_fit(new, how='sgd')
+    with pytest.raises(ValueError, match="goes with IALS"): learn.partial_fit(new, how='ials')
+    with pytest.raises(ValueError, match='goes with a ranking loss'): learn.fold_in(new, how='steps')

@@ -122,3 +122,138 @@ def test_training_lists_leave_out_training_rows_only(learn):
     assert held and held<=set(recs[0].tolist())
     recs,_ = top_items(learn, u, learn.dls.n_items, seen='all')
     assert not held&set(recs[0].tolist())
+
+def naive_top(s, k):
+    "Places of the best `k` finite scores of each row, equal ones by place"
+    return [[i for i in sorted(range(len(r)), key=lambda i: (-r[i], i)) if r[i]>-math.inf][:k] for r in s.tolist()]
+
+@pytest.mark.parametrize('n,m,k', [(7,30,3), (5,1000,10), (4,2571,1), (3,900,899), (6,640,640), (2,5,9)])
+@pytest.mark.parametrize('ties', [False, True])
+def test_top_places_against_a_sort(n, m, k, ties):
+    s = torch.randn(n, m, generator=torch.Generator().manual_seed(n*m))
+    if ties: s = (s*2).round()
+    s[0,1:] = -torch.inf
+    s[1] = 0.5
+    vals,at = top_places(s, k)
+    assert vals.shape==at.shape==(n,min(k, m)) and at.dtype==torch.int64
+    for r,want in enumerate(naive_top(s, k)):
+        assert at[r][vals[r]>-torch.inf].tolist()==want
+    assert torch.equal(vals, s.gather(1, at))
+
+@pytest.mark.parametrize('kind', ['dot','bias','squashed','cosine','nn','bare'])
+@pytest.mark.parametrize('tile', [None, 90])
+def test_lists_of_every_model_with_every_kind_of_set(learn, kind, tile):
+    from torch import nn
+    dls,g = learn.dls,torch.Generator().manual_seed(0)
+    n_u,n_i = dls.n_users,dls.n_items
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u,self.i = nn.Embedding(n_u, 3),nn.Embedding(n_i, 3)
+        def forward(self, x): return (self.u(x[:,0])*self.i(x[:,1])).sum(1, keepdim=True)
+    torch.manual_seed(1)
+    model = dict(dot=lambda: DotProduct(n_u, n_i, 4), bias=lambda: DotProductBias(n_u, n_i, 4, mean=1.), squashed=lambda: DotProductBias(n_u, n_i, 4, (0,5)),
+                 cosine=lambda: CosineProduct(n_u, n_i, 4), nn=lambda: CollabNN((n_u,3), (n_i,4), layers=(5,)), bare=Bare)[kind]()
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(generator=g)
+    from types import SimpleNamespace
+    l = SimpleNamespace(model=model.eval(), dls=dls)
+    users = torch.tensor([5,9,0,1,5])
+    x = torch.stack([users.repeat_interleave(n_i), torch.arange(n_i).repeat(5)], 1)
+    s = model(x).detach().reshape(5, n_i).clone()
+    cands = torch.tensor([3,1,7,20,30,31,32,7])
+    bar = (torch.tensor([0,0,4,1]), torch.tensor([3,30,31,1]))
+    only = (torch.tensor([0,0,0,1,1,3,4]), torch.tensor([1,7,30,20,3,31,32]))
+    for seen,c,e,o in ((None,None,None,None), ('train',None,bar,None), ('all',cands,bar,None), (None,cands,None,only), ('train',None,bar,only)):
+        want = s.clone()
+        want[:,0] = -torch.inf
+        if seen:
+            for r,u in enumerate(users.tolist()):
+                if u:
+                    rows = torch.cat([dls.train_ds.x]+([dls.valid_ds.x] if seen=='all' else [])).long()
+                    want[r,rows[rows[:,0]==u,1]] = -torch.inf
+        if c is not None: want[:,[i for i in range(n_i) if i not in c.tolist()]] = -torch.inf
+        if e is not None: want[e] = -torch.inf
+        if o is not None:
+            ok = torch.zeros_like(want, dtype=torch.bool)
+            ok[o] = True
+            want[~ok] = -torch.inf
+        recs,vals = top_items(l, users, 6, seen=seen, candidates=c, exclude=e, only=o, tile=tile)
+        for r in range(5):
+            filled = recs[r]>=0
+            assert recs[r][filled].tolist()==naive_top(want, 6)[r]
+            torch.testing.assert_close(vals[r][filled], want[r,recs[r][filled]], atol=1e-5, rtol=1e-5)
+            assert (vals[r][~filled]==-torch.inf).all()
+
+def test_threads_give_the_same_lists_and_leave_their_number_alone(learn):
+    users,had = torch.arange(1, learn.dls.n_users),torch.get_num_threads()
+    one = top_items(learn, users, 5, tile=80)
+    try:
+        torch.set_num_threads(3)
+        three = top_items(learn, users, 5, tile=80)
+        assert torch.get_num_threads()==3
+    finally: torch.set_num_threads(had)
+    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
+
+def test_sets_of_each_user_and_rules(learn):
+    m = learn.dls.classes['title']
+    base = learn.recommend([5,9], k=6)
+    t5,t9 = (base.title[base.user==u].tolist() for u in (5,9))
+    assert learn.recommend([5,9], k=3, exclude={5:t5[:2], 77:['x']}).title.tolist()==t5[2:5]+t9[:3]
+    assert learn.recommend([5,9], k=2, exclude=['Nowhere',t5[0]], candidates=pd.DataFrame(dict(user=[5,5,9], title=[t5[0],t5[3],t9[1]]))).title.tolist()==[t5[3]]+[o for o in [t9[1]] if o!=t5[0]]
+    old = m.ids.str[-5:-1].to_numpy()<'1990'
+    rule = lambda us: np.stack([old if u==5 else ~old for u in us])
+    got = learn.recommend([5,9], k=4, candidates=rule)
+    assert (got.title[got.user==5].str[-5:-1]<'1990').all() and (got.title[got.user==9].str[-5:-1]>='1990').all()
+    with pytest.raises(UnknownIdError, match="'Nowhere'"): learn.recommend(5, candidates={5:['Nowhere']})
+    with pytest.raises(ValueError, match='is not a column'): learn.recommend(5, candidates=pd.DataFrame(dict(u=[5], title=['a'])))
+    with pytest.raises(ValueError, match=r'`candidates` gave \(3,\)'): learn.recommend(5, candidates=lambda us: [True]*3)
+    assert len(learn.recommend(5, candidates={9:t9}))==0 and len(learn.recommend(5, candidates={}))==0
+
+def naive_mmr(recs, scores, V, k, div):
+    recs = [i for i in recs if i>=0]
+    if not recs: return []
+    s = np.array(scores[:len(recs)])
+    rel = (s-s.min())/max(s.max()-s.min(), 1e-12)
+    U = V/np.linalg.norm(V, axis=1, keepdims=True)
+    out = []
+    while recs and len(out)<k:
+        val = [(1-div)*rel[j]-div*max((U[i]@U[o] for o in out), default=0.) if i not in out else -9 for j,i in enumerate(recs)]
+        if max(val)==-9: break
+        out.append(recs[int(np.argmax(val))])
+    return out
+
+def test_mmr_against_a_loop():
+    rng = np.random.default_rng(0)
+    V = rng.normal(size=(40,3))
+    recs = np.stack([rng.permutation(np.arange(1, 40))[:12] for _ in range(9)])
+    scores = -np.sort(-rng.normal(size=(9,12)))
+    recs[2,5:],scores[2,5:] = -1,-np.inf
+    recs[3],scores[3] = -1,-np.inf
+    for div in (0., 0.3, 0.8, 1.):
+        got,s = mmr(torch.tensor(recs), torch.tensor(scores), torch.tensor(V), 7, div)
+        assert got.shape==s.shape==(9,7)
+        for r in range(9): assert got[r][got[r]>=0].tolist()==naive_mmr(recs[r].tolist(), scores[r].tolist(), V, 7, div)
+    assert got[3].tolist()==[-1]*7
+
+def test_variety_rises_with_diversity(learn):
+    V = learn.model.item_factors.detach()
+    codes = lambda d: torch.from_numpy(learn.dls.classes['title'].encode(learn.recommend([5,9,1], k=5, diversity=d).title)).long().reshape(3, 5)
+    near,far = (diversity(codes(d), V).mean() for d in (0., 0.9))
+    assert far>near+0.1
+
+def test_similar_users_is_the_cosine(learn):
+    P,m = learn.model.user_factors.detach().numpy(),learn.dls.classes['user']
+    near = learn.similar_users([m[4],m[7]], k=5)
+    for c in (4,7):
+        cos = P@P[c]/np.linalg.norm(P,axis=1)/np.linalg.norm(P[c])
+        sub = near[near.user==m[c]]
+        assert sub.similar.tolist()==[m[i] for i in np.argsort(-cos) if i not in (0,c)][:5] and np.allclose(sub.cosine, cos[[m.encode([o])[0] for o in sub.similar]], atol=1e-5)
+    assert len(learn.similar_users(k=2))==2*(learn.dls.n_users-1)
+    with pytest.raises(UnknownIdError): learn.similar_users(999)
+
+def test_popularity_is_left_as_it_was(learn):
+    pop = cf_learner(learn.dls, Popularity(learn.dls))
+    before = pop.model.count.clone()
+    pop.recommend([5], k=3), pop.recommend(k=3)
+    assert torch.equal(pop.model.count, before)

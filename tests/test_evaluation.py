@@ -1,0 +1,187 @@
+"The report, its protocols and counts, comparisons and metrics while training, against naive loops and a published figure"
+import gzip,math,warnings
+from types import SimpleNamespace
+
+import numpy as np,pandas as pd,pytest,torch
+from fastai.data.all import ColSplitter
+from cfext import *
+from cfext.metrics import list_measures
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+@pytest.fixture(scope='module')
+def learn():
+    dls = CFDataLoaders.from_df(synth_ratings(60, 90, 1200), item_name='title', seed=3, device='cpu', bs=32)
+    l = cf_learner(dls, n_factors=4, y_range=(0.5,5.5), seed=0)
+    with l.no_bar(),l.no_logging(): l.fit_one_cycle(2, 0.03)
+    return l
+
+def naive(learn, k, seen=True, cands=None, x=None, dls=None):
+    "Recall, NDCG and AUC over users, from their definitions, all items ranked but seen ones"
+    dls = learn.dls
+    tr,va = (ds.x.tolist() for ds in (dls.train_ds, dls.valid_ds))
+    va = va if x is None else x
+    res = []
+    for u in sorted({a for a,_ in va if a}):
+        had = {i for a,i in tr if a==u} if seen else set()
+        s = learn.model.score_items(torch.tensor([u]))[0].tolist()
+        items = [i for i in range(1, dls.n_items) if i not in had and (cands is None or i in cands)]
+        top = sorted(items, key=lambda i: (-s[i], i))[:k]
+        rel = {i for a,i in va if a==u and i and i not in had}
+        n_rel = len(rel)+sum(a==u and i==0 for a,i in va)
+        if not n_rel: continue
+        hit = [i in rel for i in top]
+        ideal = sum(1/math.log2(j+2) for j in range(min(n_rel, k)))
+        res.append((sum(hit)/n_rel, sum(h/math.log2(j+2) for j,h in enumerate(hit))/ideal))
+    return np.mean(res, 0)
+
+def test_the_whole_catalogue_against_a_loop(learn):
+    for seen in (True,False):
+        rep = learn.evaluate(k=7, exclude_seen=seen)
+        np.testing.assert_allclose(rep.iloc[0][['recall@7','NDCG@7']].to_numpy(float), naive(learn, 7, seen), rtol=1e-5)
+    assert 'all 90 items ranked but those seen before' in learn.evaluate(k=7).note.replace(str(learn.dls.n_items-1), '90')
+
+def test_some_items_only(learn):
+    codes = [3,9,4,40,41,55,60]
+    titles = learn.dls.classes['title'].decode(codes)
+    rep = learn.evaluate(k=3, candidates=titles)
+    np.testing.assert_allclose(rep.iloc[0][['recall@3 (of 7)','NDCG@3 (of 7)']].to_numpy(float), naive(learn, 3, cands=set(codes)), rtol=1e-5)
+    with pytest.raises(UnknownIdError): learn.evaluate(candidates=['Nowhere'])
+
+def test_sampled_and_given_candidates_agree(learn):
+    dls = learn.dls
+    held = HeldOut(dls, dls.valid_ds.x)
+    rows,codes = draw_candidates(dls, held, 8, seed=4)
+    rel = set(map(tuple, held.targets.tolist()))
+    drawn = [(r,c) for r,c in zip(rows.tolist(), codes.tolist()) if (r,c) not in rel]
+    assert len(drawn)==8*len(held.users) and len(set(drawn))==len(drawn)
+    had = set(map(tuple, dls.train_ds.x.tolist()))
+    assert not any((held.users[r].item(),c) in had or c==0 for r,c in drawn)
+    given = {}
+    for r,c in drawn: given.setdefault(dls.classes['user'].decode(held.users[r:r+1])[0], []).append(dls.classes['title'].decode([c])[0])
+    a,b = learn.evaluate(k=4, n_sampled=8, seed=4),learn.evaluate(k=4, candidates=given)
+    assert a.columns[-1]=='NDCG@4 (8 sampled)' and b.columns[-1]=='NDCG@4 (candidates)'
+    np.testing.assert_allclose(a.iloc[:,-2:].dropna(), b.iloc[:,-2:].dropna(), rtol=1e-6)
+    assert a.iloc[0,-1]>1.3*learn.evaluate(k=4)['NDCG@4'].iloc[0]
+    with pytest.raises(ValueError, match='two ways'): learn.evaluate(n_sampled=5, candidates=given)
+    with pytest.raises(ValueError, match='`n_sampled`=0'): learn.evaluate(n_sampled=0)
+    with pytest.raises(ValueError, match='fewer items left'): learn.evaluate(n_sampled=1000)
+
+def test_every_measure_and_intervals(learn):
+    ms = (*list_measures,'AUC','coverage','gini','novelty','popularity lift','diversity')
+    rep = learn.evaluate(k=5, measures=ms, interval=0.9, baselines=dict(again=learn.model))
+    for m in ms: assert np.isfinite(rep[f'{m}@5'].iloc[0])
+    assert rep['NDCG@5 low'].iloc[0]<rep['NDCG@5'].iloc[0]<rep['NDCG@5 high'].iloc[0]
+    lists = [c for c in rep.columns if '@' in c]
+    pd.testing.assert_series_equal(rep.loc['again',lists], rep.iloc[0][lists], check_names=False)
+    assert rep['coverage@5']['popularity']<rep['coverage@5'].iloc[0] and rep['popularity lift@5']['popularity']>0
+    with pytest.raises(ValueError, match="`measures`='recal'"): learn.evaluate(measures=('recal',))
+    with pytest.raises(ValueError, match='whole catalogue'): learn.evaluate(measures=('AUC',), n_sampled=9)
+
+def test_auc_is_the_share_of_pairs_in_order(learn):
+    dls,k = learn.dls,learn.dls.n_items-1
+    held = HeldOut(dls, dls.valid_ds.x)
+    got = judge(learn, held, k, ('AUC',))[0]['AUC']
+    for r in (0,5,17):
+        u = held.users[r].item()
+        s = learn.model.score_items(held.users[r:r+1])[0].detach()
+        had = {i for a,i in dls.train_ds.x.tolist() if a==u}
+        rel = {i for a,i in held.targets.tolist() if a==r and i<dls.n_items}
+        rest = [i for i in range(1, dls.n_items) if i not in had|rel]
+        lost = sum(a==r and i>=dls.n_items for a,i in held.targets.tolist())
+        won = sum(float(s[a]>s[b]) for a in rel for b in rest)
+        assert got[r].item()==pytest.approx(won/((len(rel)+lost)*len(rest)), abs=1e-5)
+
+def awkward():
+    "Loaders whose held-out rows hold every awkward case"
+    rows = [(u,i,0) for u in range(1, 6) for i in range(u, u+6)]+[(6,i,0) for i in range(1, 12)]
+    rows += [(1,10,1),(1,3,1),(2,50,1),(2,51,1),(99,4,1),(98,50,1),(6,1,1),(6,2,1),(3,9,1)]
+    df = pd.DataFrame(rows, columns=['user','item','is_valid']).assign(rating=3.)
+    return CFDataLoaders.from_df(df, splitter=ColSplitter('is_valid'), device='cpu')
+
+def test_awkward_rows_are_counted():
+    dls = awkward()
+    l = cf_learner(dls, n_factors=3, seed=0)
+    rep = l.evaluate(k=4)
+    assert rep.counts.to_dict()==dict(held_out_rows=9, rows_of_unknown_users=2, rows_of_unknown_items=2, rows_seen_before=3, users_judged=3,
+                                      users_without_held_out_rows=3, short_lists=0, empty_lists=0, lists_cut_in_a_tie=0)
+    np.testing.assert_allclose(rep.iloc[0][['recall@4','NDCG@4']].to_numpy(float), naive(l, 4), rtol=1e-5)
+    both = l.evaluate(k=4, exclude_seen=False)
+    assert both.counts.rows_seen_before==0 and both.counts.users_judged==4
+    assert '2 rows of unknown users; 2 rows of unknown items; 3 rows seen before' in repr(rep) and rep.note in rep._repr_html_()
+    assert isinstance(rep.round(2), Report) and rep.round(2).note==rep.note
+
+def test_users_who_have_seen_everything_and_users_without_rows():
+    df = pd.DataFrame([(1,i) for i in range(1, 6)]+[(2,1),(2,2),(3,3),(3,4)], columns=['user','item']).assign(rating=1.)
+    dls = CFDataLoaders.from_df(df, valid_pct=0, device='cpu')
+    l = cf_learner(dls, n_factors=3, seed=0)
+    rep = l.evaluate(k=2, split=pd.DataFrame(dict(user=[1,2], item=[77,3], rating=4.)))
+    assert (rep.counts.empty_lists, rep.counts.users_judged, rep.counts.users_without_held_out_rows)==(1,2,1)
+    rep = l.evaluate(k=2, split=pd.DataFrame(dict(user=[55], item=[1])))
+    assert rep.counts.users_judged==0 and 'NDCG@2' not in rep
+    rep = l.evaluate(k=50, split=pd.DataFrame(dict(user=[2], item=[3])), measures=('precision','recall'))
+    assert rep.counts.short_lists==1 and rep['precision@50'].iloc[0]==pytest.approx(1/50) and rep['recall@50'].iloc[0]==1
+
+def test_equal_scores_are_counted_and_nan_scores_an_error(learn):
+    flat = SimpleNamespace(model=Popularity(learn.dls), dls=learn.dls)
+    flat.model.count.fill_(1.)
+    _,counts = judge(flat, HeldOut(learn.dls, learn.dls.valid_ds.x), 5)
+    assert counts['lists_cut_in_a_tie']>50
+    flat.model.count[4] = float('nan')
+    with pytest.raises(NaNScores, match='has training diverged'): judge(flat, HeldOut(learn.dls, learn.dls.valid_ds.x), 5)
+
+def test_a_frame_of_later_rows(learn):
+    dls = learn.dls
+    rows = dls.valid_ds.frame((dls.valid_ds.x, dls.valid_ds.y))
+    rows = rows[(rows.user!='#na#')&(rows.title!='#na#')]
+    rep = learn.evaluate(k=5, split=rows, exclude_seen=False)
+    np.testing.assert_allclose(rep.iloc[0,2:].to_numpy(float), learn.evaluate(k=5, exclude_seen=False).iloc[0,2:].to_numpy(float), rtol=0.02)
+    assert learn.evaluate(k=5, split=rows).counts.rows_seen_before==len(rows)
+    assert 'RMSE' not in learn.evaluate(k=5, split=rows.drop(columns='rating'))
+    with pytest.raises(ValueError, match='is not a column'): learn.evaluate(split=rows.drop(columns='title'))
+
+def test_compare_is_the_paired_test_of_what_evaluate_says(learn):
+    pop = Popularity(learn.dls)
+    res = learn.compare(pop, k=5, measures=('recall','AUC'), seed=3)
+    rep = learn.evaluate(k=5, measures=('recall','AUC'))
+    assert res.this['recall@5']==pytest.approx(rep['recall@5'].iloc[0]) and res.other['AUC@5']==pytest.approx(rep['AUC@5']['popularity'])
+    held = HeldOut(learn.dls, learn.dls.valid_ds.x)
+    a,b = (judge(o, held, 5)[0]['recall'] for o in (learn, SimpleNamespace(model=pop, dls=learn.dls)))
+    want = paired_test(a, b, seed=3)
+    assert res.loc['recall@5',['difference','low','high','p']].tolist()==pytest.approx([want[o] for o in ('mean','low','high','p')])
+    other = cf_learner(CFDataLoaders.from_df(synth_ratings(60, 90, 1200), item_name='title', seed=4, device='cpu'), n_factors=3)
+    with pytest.raises(ValueError, match='other ids or other validation rows'): learn.compare(other)
+    twin = cf_learner(learn.dls, n_factors=3, y_range=(0.5,5.5), seed=9)
+    assert learn.compare(twin, k=5).users.tolist()==[len(held.users)]*2
+
+def test_metrics_of_a_part_of_the_users_and_of_nan(learn):
+    l = cf_learner(learn.dls, n_factors=3, seed=0, metrics=list_metrics('NDCG', k=5, n_users=20, seed=2))
+    val = l.validate()[1]
+    held = HeldOut(l.dls, l.dls.valid_ds.x, n_users=20, seed=2)
+    assert len(held.users)==20 and val==pytest.approx(judge(l, held, 5)[0]['NDCG'].nanmean().item())
+    with torch.no_grad(): l.model.item_bias[2] = float('nan')
+    assert math.isnan(l.validate()[1])
+
+def test_popularity_on_the_ncf_split_scores_what_was_published(data_dir):
+    base = data_dir('ncf-ml-1m')
+    cols = dict(sep='\t', header=None, usecols=[0,1], names=['user','item'])
+    train,test = pd.read_csv(base/'ml-1m.train.rating.gz', **cols),pd.read_csv(base/'ml-1m.test.rating', **cols)
+    with gzip.open(base/'ml-1m.test.negative.gz', 'rt') as f: negs = {u: list(map(int, l.split('\t')[1:])) for u,l in enumerate(f)}
+    both = pd.concat([train,test], ignore_index=True)
+    dls = CFDataLoaders.from_df(both, rating_name=None, device='cpu', bs=8192, splitter=lambda d: (np.arange(len(train)), np.arange(len(train), len(both))))
+    rep = cf_learner(dls, Popularity(dls)).evaluate(candidates=negs, measures=('hit rate','NDCG'))
+    hr,ndcg = rep.loc['popularity', ['hit rate@10 (candidates)','NDCG@10 (candidates)']]
+    assert abs(hr-.4531)<.002 and abs(ndcg-.2542)<.002, (hr, ndcg)
+    assert rep.counts.users_judged==6040
+
+def test_measures_agree_with_torchmetrics():
+    r = pytest.importorskip('torchmetrics.retrieval')
+    rng = np.random.default_rng(0)
+    n,m,k = 40,25,6
+    s,rel = torch.tensor(rng.permuted(np.tile(np.arange(m), (n,1)), axis=1)).float(),torch.tensor(rng.random((n,m))<0.2)
+    hits = hit_matrix(top_places(s, k)[1], rel.nonzero())
+    idx = torch.arange(n).repeat_interleave(m)
+    for name,cls in dict(recall=r.RetrievalRecall, precision=r.RetrievalPrecision, NDCG=r.RetrievalNormalizedDCG, MRR=r.RetrievalMRR).items():
+        metric = cls(top_k=k, empty_target_action='skip')
+        metric.update(s.reshape(-1), rel.reshape(-1), indexes=idx)
+        assert list_measures[name](*hits).nanmean().item()==pytest.approx(metric.compute().item(), abs=1e-6), name

@@ -1,0 +1,74 @@
+"Files of lists and the index, against `recommend`"
+import sys,warnings
+
+import numpy as np,pandas as pd,pytest,torch
+from cfext import *
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+@pytest.fixture(scope='module')
+def learn():
+    dls = CFDataLoaders.from_df(synth_ratings(150, 90, 3000), item_name='title', seed=3, device='cpu', bs=64)
+    l = cf_learner(dls, n_factors=5, y_range=(0.5,5.5), seed=0)
+    with l.no_bar(),l.no_logging(): l.fit_one_cycle(2, 0.03)
+    return l
+
+@pytest.mark.parametrize('chunk', [7, 150, 1000])
+def test_the_file_holds_what_recommend_gives(learn, tmp_path, chunk):
+    pytest.importorskip('pyarrow')
+    path = learn.recommend_to(tmp_path/'sub'/'l.parquet', k=4, chunk=chunk, exclude={5:['x']}, diversity=0.3)
+    pd.testing.assert_frame_equal(pd.read_parquet(path), learn.recommend(k=4, exclude={5:['x']}, diversity=0.3), check_dtype=False, rtol=1e-5)
+    import pyarrow.parquet as pq
+    assert pq.ParquetFile(path).num_row_groups==-(-(learn.dls.n_users-1)//chunk)
+    assert [o.name for o in path.parent.iterdir()]==['l.parquet']
+
+def test_a_failure_leaves_the_old_file(learn, tmp_path):
+    pytest.importorskip('pyarrow')
+    path = learn.recommend_to(tmp_path/'l.parquet', [5,9], k=4)
+    old = path.read_bytes()
+    with pytest.raises(UnknownIdError): learn.recommend_to(path, [5,9,9999], k=4, chunk=2)
+    assert path.read_bytes()==old and len(list(tmp_path.iterdir()))==1
+    with pytest.raises(ValueError, match='`chunk`=0'): learn.recommend_to(path, chunk=0)
+
+def test_short_lists_are_counted_once_and_no_users_make_an_empty_file(learn, tmp_path):
+    pytest.importorskip('pyarrow')
+    titles = learn.dls.classes['title'].ids
+    with pytest.warns(UserWarning) as ws: path = learn.recommend_to(tmp_path/'l.parquet', k=3, candidates=titles[:2], chunk=40)
+    assert [str(w.message).split(' lists')[0] for w in ws if 'lists hold fewer' in str(w.message)]==['150 of 150']
+    assert pd.read_parquet(path)['rank'].max()<=2
+    assert len(pd.read_parquet(learn.recommend_to(tmp_path/'e.parquet', [])))==0
+
+def test_without_pyarrow_or_usearch(learn, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    monkeypatch.setitem(sys.modules, 'usearch.index', None)
+    with pytest.raises(ImportError, match=r"cfext\[fast-io\]"): learn.recommend_to(tmp_path/'l.parquet')
+    with pytest.raises(ImportError, match=r"cfext\[ann\]"): ItemIndex(learn)
+
+@pytest.mark.parametrize('kind', ['bias','dot','long vectors'])
+def test_the_index_follows_the_scores(learn, kind):
+    pytest.importorskip('usearch')
+    dls,g = learn.dls,torch.Generator().manual_seed(0)
+    model = (DotProduct if kind=='dot' else DotProductBias)(dls.n_users, dls.n_items, 6)
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(generator=g)
+        if kind=='long vectors': model.item_factors.mul_(torch.rand(dls.n_items, 1, generator=g)*3)
+    l = cf_learner(dls, model, unk_p=0)
+    index = ItemIndex(l, expansion_search=200)
+    assert index.recall(k=10)>0.97
+    users = torch.tensor([5,9,1])
+    recs,s = index.top_items(users, 6)
+    want,ws = top_items(l, users, 6)
+    assert recs.shape==s.shape==(3,6) and (recs==want).float().mean()>0.9
+    torch.testing.assert_close(s[recs==want], ws[recs==want], atol=1e-4, rtol=1e-4)
+    seen = learn.dls.train_ds.x[learn.dls.train_ds.x[:,0]==5,1]
+    assert not np.isin(recs[0], seen).any()
+
+def test_a_user_who_has_seen_nearly_everything(learn):
+    pytest.importorskip('usearch')
+    titles = learn.dls.classes['title'].ids
+    df = pd.DataFrame(dict(user=np.repeat([1,2,3], [len(titles)-2,3,3]), title=[*titles[:-2],*titles[-3:],*titles[:3]], rating=3.))
+    dls = CFDataLoaders.from_df(df, item_name='title', valid_pct=0, device='cpu')
+    l = cf_learner(dls, n_factors=3, seed=0)
+    got = ItemIndex(l).recommend([1,2], k=4)
+    pd.testing.assert_frame_equal(got[got.user==1], l.recommend(1, k=4), check_exact=False, rtol=1e-4)
+    assert (got.user==2).sum()==4
