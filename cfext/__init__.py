@@ -3,7 +3,7 @@ __version__ = "0.0.1"
 
 from . import (core,sources,data,embed,models,losses,negatives,closed,loop,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
-    interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
+    interpret,blend,tables,features,bundle,folds,ensemble,stacked,many,seq_data,seq_models,sequence)
 from .core import *
 from .sources import *
 from .data import *
@@ -29,11 +29,13 @@ from .features import *
 from .bundle import *
 from .folds import *
 from .ensemble import *
+from .stacked import *
+from .many import *
 from .seq_data import *
 from .seq_models import *
 from .sequence import *
 
 _modules = (core,sources,data,embed,models,losses,negatives,closed,loop,
     learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
-    interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
+    interpret,blend,tables,features,bundle,folds,ensemble,stacked,many,seq_data,seq_models,sequence)
 __all__ = [n for m in _modules for n in m.__all__]
