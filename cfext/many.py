@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_many']
 
-# %% ../nbs/14g_many.ipynb #9b84ca32
+# %% ../nbs/14g_many.ipynb #752fe666
 import threading,time,warnings
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +14,7 @@ import numpy as np,pandas as pd
 import torch
 from torch import Tensor,nn
 from torch.func import vmap
-from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import ParamScheduler
+from fastai.callback.core import *
 from fastai.learner import *
 from fastai.torch_core import *
 from fastcore.all import *
@@ -23,11 +22,11 @@ from fastprogress.fastprogress import progress_bar
 from .core import *
 from .data import *
 from .loop import *
-from .loop import _Books,_OwnStep,_fused_kind
+from .loop import _asks,_Books,_OwnStep,_fused_kind
 from .learner import *
 from .stacked import *
 
-# %% ../nbs/14g_many.ipynb #5a48cf79
+# %% ../nbs/14g_many.ipynb #772047fa
 class _Stopped(BaseException): "Tells a member's thread to leave its fit"
 
 class _Member:
@@ -35,7 +34,7 @@ class _Member:
     def __init__(self, learn, fit, rng):
         self.learn,self.fit,self.rng = learn,fit,rng
         self.go,self.back = threading.Semaphore(0),threading.Semaphore(0)
-        self.err,self.done,self.stopping = None,False,False
+        self.err,self.done,self.stopping,self.lost = None,False,False,False
         self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -55,6 +54,7 @@ class _Member:
         self.back.release()
         self.go.acquire()
         if self.stopping: raise _Stopped
+        if self.lost: raise CancelFitException()
 
 # %% ../nbs/14g_many.ipynb #05c52900
 @patch
@@ -85,14 +85,14 @@ def stop(self:_Member):
     self.go.release()
     self.thread.join()
 
-# %% ../nbs/14g_many.ipynb #b8cd62e7
+# %% ../nbs/14g_many.ipynb #ed90dd94
 def _check_member(j, l, l0):
     "Raise if a learner at its batches is one that cannot be trained together with the first"
     if not isinstance(l.dl, ResidentDL): raise TypeError(f"learner {j} has no CFDataLoaders: train it by itself")
     needs = batch_needs(l)
     if needs: raise ValueError(f"learner {j} has callbacks that act on each batch ({', '.join(needs)}): leave them out, or train it by itself")
-    odd = [cb.name for cb in l.cbs if getattr(cb, 'on_device', False) and type(cb) not in (IdDropout,RowWeights)]
-    if odd: raise ValueError(f"learner {j} has {', '.join(odd)}, which cannot act on many learners at once: train it by itself")
+    odd = {f.__self__.name for fs in _asks(l).values() for f in fs if type(f.__self__) not in (IdDropout,RowWeights)}
+    if odd: raise ValueError(f"learner {j} has {', '.join(sorted(odd))}, which cannot act on many learners at once: train it by itself")
     if _fused_kind(l.opt) is None or _fused_kind(l.opt)!=_fused_kind(l0.opt):
         raise ValueError(f"learner {j} has another optimizer than fastai's Adam, or one with another kind of weight decay than learner 0: train it by itself")
     if repr(l.loss_func)!=repr(l0.loss_func) or type(l.loss_func) is not type(l0.loss_func): raise ValueError(f"learner {j} has another loss than learner 0")
@@ -144,27 +144,7 @@ def _losses(learn, pred, y, w):
     with learn.loss_not_reduced(): rows = vmap(lambda p,y: learn.loss_func(p, y).reshape(len(p), -1).mean(1))(pred, y)
     return (rows*w).mean(1)
 
-# %% ../nbs/14g_many.ipynb #b78d7c44
-def _same(a, b):
-    "Are two schedules built of the same parts?"
-    if type(a) is not type(b): return False
-    if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(_same, a, b))
-    if isinstance(a, dict): return a.keys()==b.keys() and all(_same(a[k], b[k]) for k in a)
-    if hasattr(a, '__code__'): return a.__code__ is b.__code__ and _same([c.cell_contents for c in a.__closure__ or ()], [c.cell_contents for c in b.__closure__ or ()])
-    if isinstance(a, (np.ndarray,Tensor)): return a.shape==b.shape and bool((a==b).all())
-    return a==b or (hasattr(a, '__dict__') and bool(a.__dict__) and _same(a.__dict__, b.__dict__))
-
-def _plans(learns, counts):
-    "Each learner's schedule for the epoch; those of the same schedule share the rows"
-    key = lambda l,n: (n, l.n_epoch, float(l.pct_train), len(l.opt.hypers), [cb.scheds for cb in l.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run])
-    done = []
-    for l,n in zip(learns, counts):
-        k = key(l, n)
-        rows = next((r for o,r in done if _same(o, k)), None)
-        done.append((k, lay_out(l, n) if rows is None else rows))
-    return [r for _,r in done]
-
-# %% ../nbs/14g_many.ipynb #fab31684
+# %% ../nbs/14g_many.ipynb #2dc9c6df
 class _Together:
     "The stacked models and optimizers of some members"
     def __init__(self, members):
@@ -186,7 +166,7 @@ def epoch(self:_Together, tick):
     rows = [_Rows(m) for m in self.members]
     counts = [len(r.cuts)-1 for r in rows]
     books = [_Books(l, n, l.dls.device) for l,n in zip(self.learns, counts)]
-    plans = _plans(self.learns, counts)
+    plans = [lay_out(l, n) for l,n in zip(self.learns, counts)]
     for l,n in zip(self.learns, counts): l.n_iter = n
     self.stack.take()
     self.adam.lay_out(plans)
@@ -201,8 +181,10 @@ def epoch(self:_Together, tick):
         self.stack.give()
         self.adam.give()
         for k,b in enumerate(books):
-            b.losses[:b.done] = losses[:b.done,k]
+            ran = b.done
+            b.losses[:ran] = losses[:ran,k]
             b.close(plans[k], _OwnStep(self.learns[k].opt))
+            self.members[k].lost = b.done<ran # its NaN ended it
 
 # %% ../nbs/14g_many.ipynb #245eeaae
 def _start(learners, n, seed):
