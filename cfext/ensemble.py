@@ -241,23 +241,36 @@ def validate(self:Ensemble,
     mets = [getattr(m, 'func', None) for m in learn.metrics]
     return L(float(learn.loss_func(_to_raw(p, _out_kind(learn.loss_func)[0]), y)), *[float(f(p, y)) for f in mets if f])
 
-# %% ../nbs/14c_ensemble.ipynb #9591d838
+# %% ../nbs/14c_ensemble.ipynb #9010c46e
+@patch
+def _unseen(self:Ensemble, rows):
+    "Predictions {name: (n,...)} and targets (n,) of rows that no member was trained on, or raise"
+    learn,where = self.first,_held_out(self.first, 1) if rows is None else rows
+    for n,m in self.members.items():
+        seen = None if where is None or not isinstance(m.dls, CFDataLoaders) else trained_on(m, where)
+        if seen is not None and seen.any(): raise ValueError(f"member {n!r} was trained on {int(seen.sum())} of these {len(seen)} rows: pass rows that no member has seen")
+    got = list(self._each(rows))
+    y = got[0][1].reshape(-1).numpy() if rows is None else rows[learn.dls.train_ds.y_names[0]].to_numpy()
+    return {n: p if self.clip is None else p.clamp(*self.clip) for n,(p,_) in zip(self.members, got)},y
+
 @patch
 def fit_weights(self:Ensemble,
     rows:pd.DataFrame|None=None, # rows with targets; None: the members' own validation rows
     **kwargs, # further arguments of `greedy_blend`
 )->Blend: # the blend; the ensemble's weights are set to its
     "Set the weights by greedy selection on rows that no member was trained on"
-    learn = self.first
-    where = _held_out(learn, 1) if rows is None else rows
-    for n,m in self.members.items():
-        seen = None if where is None else trained_on(m, where)
-        if seen is not None and seen.any(): raise ValueError(f"member {n!r} was trained on {int(seen.sum())} of these {len(seen)} rows: pass rows that no member has seen")
-    P = dict(zip(self.members, self.member_preds(rows)))
-    y = self.get_preds()[1].reshape(-1).numpy() if rows is None else rows[learn.dls.train_ds.y_names[0]].to_numpy()
-    blend = greedy_blend({n: p if self.clip is None else p.clamp(*self.clip) for n,p in P.items()}, y, **kwargs)
+    blend = greedy_blend(*self._unseen(rows), **kwargs)
     self.weights = check_weights(blend, list(self.members))
     return blend
+
+@patch
+def fit_stack(self:Ensemble,
+    rows:pd.DataFrame|None=None, # rows with targets; None: the members' own validation rows
+    how='ridge', # 'ridge', 'nnls', or an estimator of scikit-learn's, as for `stack`
+    **kwargs, # further arguments of `stack`
+)->Blend: # its `predict` takes what `member_preds` gives; the ensemble is left as it is
+    "Fit a `stack` of the members on rows that no member was trained on"
+    return stack(*self._unseen(rows), how, **kwargs)
 
 # %% ../nbs/14c_ensemble.ipynb #7459e882
 class MergedModel(CFModel):

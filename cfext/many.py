@@ -186,21 +186,20 @@ def epoch(self:_Together, tick):
             b.close(plans[k], _OwnStep(self.learns[k].opt))
             self.members[k].lost = b.done<ran # its NaN ended it
 
-# %% ../nbs/14g_many.ipynb #245eeaae
+# %% ../nbs/14g_many.ipynb #b5c7fcd2
 def _start(learners, n, seed):
     "Learners, and the state of the random numbers that each begins its fit with"
-    if not callable(learners):
-        if n is not None: raise ValueError("`n` is for a function that makes learners; here are learners already")
-        learns,rngs = list(learners),[]
-        for j in range(len(learns)):
-            with no_random(seed+j, reproducible=False): rngs.append(get_random_states())
-    else:
-        learns,rngs = [],[]
-        for j in range(check_pos(n, 'n')):
-            with no_random(seed+j, reproducible=False):
-                learns.append(learners(seed+j))
-                rngs.append(get_random_states())
-    if not learns: raise ValueError("there are no learners to fit")
+    if callable(learners): n = check_pos(n, 'n')
+    elif n is not None: raise ValueError("`n` is for a function that makes learners; here are learners already")
+    else: n = len(learners := list(learners))
+    if not n: raise ValueError("there are no learners to fit")
+    seeds = list(seed) if is_iter(seed) else [seed+j for j in range(n)]
+    if len(seeds)!=n: raise ValueError(f"{len(seeds)} seeds for {n} learners")
+    learns,rngs = [],[]
+    for j,s in enumerate(seeds):
+        with no_random(s, reproducible=False):
+            learns.append(learners(s) if callable(learners) else learners[j])
+            rngs.append(get_random_states())
     for j,l in enumerate(learns):
         if not isinstance(l, Learner): raise TypeError(f"learner {j} should be a Learner, got {type(l).__name__}")
     if len({id(l) for l in learns})<len(learns): raise ValueError("the same learner is there more than once: make one for each")
@@ -222,14 +221,14 @@ class _Bar:
             self.bar = progress_bar(range(learn.n_epoch*len(learn.dl)), leave=False)
             self.bar.update(0)
 
-# %% ../nbs/14g_many.ipynb #ab1e50b7
+# %% ../nbs/14g_many.ipynb #b0909ebf
 def fit_many(
     learners, # learners of one shape, or a function (seed) -> such a learner
     *args, # what each learner's `fit` takes, the same for all: epochs, learning rate
     n:int|None=None, # how many, with a function
     fit:str='fit_one_cycle', # method of the learners that fits them
     each:list|None=None, # a dict for each learner: arguments of its `fit` that are not the others', such as `lr_max` and `wd`
-    seed:int=0, # the learners get seed, seed+1, ..., and draw from random numbers that these begin
+    seed:int|list=0, # the learners get seed, seed+1, ..., or those of a list, and draw from random numbers that these begin
     **kwargs, # what each learner's `fit` takes, the same for all
 )->L: # the learners, fitted
     "Fit learners of one shape as one; each comes out as if it had been fitted alone"

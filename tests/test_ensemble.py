@@ -209,7 +209,7 @@ def test_folds_that_cannot_be(df):
     with pytest.raises(ValueError, match='`k`=1001 folds of 1000 rows'): fit_folds(make, df, k=1001)
     with pytest.raises(ValueError, match='would train on a constant target'): fit_folds(make, df.assign(rating=1.), k=2)
     with pytest.raises(ValueError, match='should be a whole number of at least 2'): fit_folds(make, df, k=1)
-    with pytest.raises(TypeError, match='should return a fitted Learner, got NoneType'): fit_folds(lambda *a: None, df, k=2)
+    with pytest.raises(TypeError, match='should return a Learner, got NoneType'): fit_folds(lambda *a: None, df, k=2)
     with pytest.raises(ValueError, match='the splitter of this fold is for 1000 rows, it got 500'): fit_folds(lambda df,s,seed: make(df[:500], s, seed), df, k=2)
     with pytest.raises(ValueError, match='pass `splitter` to its loaders'): fit_folds(lambda df,s,seed: make(df, lambda o: (np.arange(len(o)),[]), seed), df, k=2)
     odd = df.assign(rating=np.where(np.arange(len(df))<250, 3., df.rating))
@@ -408,3 +408,13 @@ def test_every_way_to_merge(df, members, method):
         w = torch.tensor([0.2,0.5,0.3])[:,None,None]
         want = dict(mean=(each*w).sum(0), gmean=(each.log()*w).sum(0).exp(), rank=(ranks*w).sum(0))[method]
         assert torch.allclose(Ensemble(members, [0.2,0.5,0.3], method).predict(some)[1], want, atol=1e-5)
+
+def test_stack_of_members(df, members):
+    ens = Ensemble(members, clip=(1,5))
+    b = ens.fit_stack(how='nnls', n_boot=5)
+    P = [p[:,0].numpy() for p in ens.member_preds()]
+    y = ens.get_preds()[1][:,0].numpy()
+    want = stack({f'm{j}': np.clip(p, 1, 5) for j,p in enumerate(P)}, y, 'nnls', n_boot=5)
+    assert b.weights==want.weights and b.gain==want.gain and ens.weights.tolist()==[1/3]*3
+    for f in (ens.fit_stack,ens.fit_weights):
+        with pytest.raises(ValueError, match="member 'm0' was trained on 750 of these 1000 rows"): f(df)

@@ -197,3 +197,35 @@ def test_every_row_is_visited_once():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 @pytest.mark.parametrize('mk', [dict(unk_p=0), dict(unk_p=0, model='nn', config=wide)])
 def test_on_a_gpu(mk): check(partial(make, device='cuda', **mk), 2, 0.02, wd=0.1, atol=1e-4)
+
+def unfitted(df, splitter, seed):
+    dls = CFDataLoaders.from_df(df, item_name='title', splitter=splitter, seed=seed, bs=61, device='cpu')
+    learn = cf_learner(dls, n_factors=4, y_range=(0.5,5.5), seed=seed)
+    learn.remove_cbs([ProgressCallback])
+    return learn
+
+def fitted(df, splitter, seed):
+    learn = unfitted(df, splitter, seed)
+    with learn.no_logging(): learn.fit_one_cycle(2, 0.02, wd=0.1)
+    return learn
+
+@pytest.mark.parametrize('by', ['random','user','bag'])
+def test_folds_at_once_are_those_one_by_one(by, tmp_path):
+    args = dict(df=df, k=3, by=by, n_seeds=2)
+    a = fit_folds(unfitted, together=partial(fit_many, n_epoch=2, lr_max=0.02, wd=0.1), path=tmp_path, **args)
+    b = fit_folds(fitted, **args)
+    np.testing.assert_allclose(a.oof, b.oof, atol=1e-5)
+    for f in ('fold1-seed0.npy','fold2-seed1.npy'): (tmp_path/f).unlink()
+    sizes = []
+    def counted(learns, seed):
+        sizes.append((len(learns), seed))
+        return fit_many(learns, 2, 0.02, wd=0.1, seed=seed)
+    c = fit_folds(unfitted, together=counted, path=tmp_path, **args)
+    assert sizes==[(2, [2,5])]
+    pd.testing.assert_series_equal(a.oof, c.oof)
+    assert fit_folds(unfitted, together=lambda *a, **k: 1/0, path=tmp_path, **args).oof.equals(c.oof)
+
+def test_seeds_of_a_list():
+    a = fit_many(make, 1, 0.02, n=2, seed=[7,3])
+    for l,s in zip(a, (7,3)): same(l, alone(make, s, 1, 0.02))
+    with pytest.raises(ValueError, match='3 seeds for 2 learners'): fit_many(make, 1, n=2, seed=[1,2,3])
