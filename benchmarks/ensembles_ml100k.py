@@ -94,8 +94,8 @@ def side(dls):
 
 def gibbs(part, c, feats):
     dls = part.dls()
-    cb = GibbsMF(40, 2, lam=5., **dict(zip(('user_x','item_x'), feats(dls))))
-    fit(dot(dls, n_factors=c['n_factors'], y_range=None, unk_p=0), 'fit', 240, cbs=cb)
+    cb = GibbsMF(30, 2, lam=5., **dict(zip(('user_x','item_x'), feats(dls))))
+    fit(dot(dls, n_factors=c['n_factors'], y_range=None, unk_p=0), 'fit', 180, cbs=cb)
     return mean_of(cb.members())
 
 # a member of another kind
@@ -131,7 +131,7 @@ def autoencoder(part, c):
     R,M = torch.zeros(2, dls.n_items, dls.n_users)
     R[x[:,1],x[:,0]],M[x[:,1],x[:,0]] = y,1.
     with no_random(0, reproducible=False): m = AutoEncoder(R)
-    opt = torch.optim.LBFGS(m.parameters(), max_iter=120, history_size=10, line_search_fn='strong_wolfe', tolerance_change=0, tolerance_grad=1e-7)
+    opt = torch.optim.LBFGS(m.parameters(), max_iter=100, history_size=10, line_search_fn='strong_wolfe', tolerance_change=0, tolerance_grad=1e-7)
     def closure():
         opt.zero_grad()
         out,pen = m()
@@ -142,7 +142,7 @@ def autoencoder(part, c):
     x = dls.valid_ds.x.long()
     with torch.no_grad(): return m()[0][x[:,1],x[:,0]].clamp(*scale).numpy()
 
-points = [dict(lr=lr, wd=wd, epochs=e) for lr,wd,e in ((0.01,0.5,5), (0.01,0.7,8), (0.02,0.7,8), (0.01,1.,8))]
+points = [dict(lr=lr, wd=wd, epochs=e) for lr,wd,e in ((0.01,0.5,5), (0.01,0.7,8), (0.02,0.7,8))]
 lrs = [dict(lr=lr, wd=wd) for lr,wd in ((0.005,0.5), (0.01,0.7))]
 nothing,rated = lambda dls: (),rated_features
 kinds = { # name: (function, settings to choose from; a name: as chosen for that kind)

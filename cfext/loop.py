@@ -128,26 +128,26 @@ class _OwnStep:
     def step(self, hypers): self.opt.step()
     def sync(self): pass
 
-# %% ../nbs/05_loop.ipynb #ce63ab58
+# %% ../nbs/05_loop.ipynb #ac6c8348
 class _Books:
     "Keeps what fastai's bookkeepers would have written, and writes it"
     def __init__(self, learn, n, device):
         self.learn,self.n,self.done,self.read,self.t = learn,n,0,0,time.time()
         self.losses = torch.empty(n, device=device)
         self.rec,self.prog = getattr(learn, 'recorder', None),getattr(learn, 'progress', None)
-        self.smoothed,self.nan = [],any(isinstance(cb, TerminateOnNaNCallback) and cb.run for cb in learn.cbs)
+        self.smoothed,self.bad,self.nan = [],False,any(isinstance(cb, TerminateOnNaNCallback) and cb.run for cb in learn.cbs)
     def smooth(self):
         "Read the losses since the last time, and average them as `AvgSmoothLoss` does"
         sm = self.rec.smooth_loss
         val,count,beta = float(sm.val),sm.count,sm.beta
         for l in self.losses[self.read:self.done].tolist():
+            if self.nan and not math.isfinite(l): self.done,self.bad = self.read,True # not recorded, as in fastai
+            if self.read==self.done: break
             val,count,self.read = l+beta*(val-l),count+1,self.read+1
             self.smoothed.append(val/(1-beta**count))
-            if self.nan and not math.isfinite(l): self.done = self.read
-            if self.read==self.done: break
         sm.val,sm.count = torch.tensor(val),count
         if self.smoothed: self.learn.smooth_loss = torch.tensor(self.smoothed[-1])
-        if self.nan and self.done and not math.isfinite(val): raise CancelFitException()
+        if self.bad: raise CancelFitException()
     def tick(self, last=False):
         "Read and show what is there, ten times a second at the most"
         if not last and time.time()-self.t<0.1: return

@@ -85,7 +85,7 @@ def stop(self:_Member):
     self.go.release()
     self.thread.join()
 
-# %% ../nbs/14g_many.ipynb #ed90dd94
+# %% ../nbs/14g_many.ipynb #ba7d69ae
 def _check_member(j, l, l0):
     "Raise if a learner at its batches is one that cannot be trained together with the first"
     if not isinstance(l.dl, ResidentDL): raise TypeError(f"learner {j} has no CFDataLoaders: train it by itself")
@@ -109,7 +109,7 @@ class _Rows:
         with m.random():
             self.idx = torch.as_tensor(dl.get_idxs(), device=ds.x.device)[:self.cuts[-1]]
             self.mask = torch.rand(len(self.idx), 2, device=ds.x.device)<drop.p if drop and drop.run and drop.p else None
-        self.ds,self.scale = ds,None if ds.w is None else ds.w.mean()
+        self.ds,self.bs,self.scale = ds,dl.bs,None if ds.w is None else ds.w.mean()
     def size(self, i): return self.cuts[i+1]-self.cuts[i] if i+1<len(self.cuts) else 0
     def cut(self, a, b):
         "The rows of batches a to b"
@@ -118,19 +118,23 @@ class _Rows:
         x = self.ds.x[at].long()
         return x if self.mask is None else x.masked_fill(self.mask[s], 0),self.ds.y[at],None if self.ds.w is None else self.ds.w[at]/self.scale
 
-# %% ../nbs/14g_many.ipynb #5c276249
-def _pieces(rows, bs, block=1<<22):
+# %% ../nbs/14g_many.ipynb #c8b936fc
+def _n_full(rows, bs):
+    "How many steps all members make with full batches"
+    n = max(len(r.cuts) for r in rows)-1
+    return next((i for i in range(n) if any(r.size(i)!=bs for r in rows)), n)
+
+def _pieces(rows, bs, begin=0, end=None, block=1<<22):
     "Yield (first step, members, x (steps,k,size,2), y, w): steps of one size that these members make together"
-    K,n = len(rows),max(len(r.cuts) for r in rows)-1
-    full = next((i for i in range(n) if any(r.size(i)!=bs for r in rows)), n)
+    K,full = len(rows),_n_full(rows, bs)
     per = max(1, block//(bs*K))
-    todo = [(a, min(a+per, full), range(K)) for a in range(0, full, per)]
-    for i in range(full, n):
+    todo = [(a, min(a+per, full), range(K)) for a in range(begin, full, per)]
+    for i in range(max(begin, full), ifnone(end, max(len(r.cuts) for r in rows)-1)):
         sizes,k = [r.size(i) for r in rows],0
         while k<K:
-            end = next((j for j in range(k, K) if sizes[j]!=sizes[k]), K)
-            if sizes[k]: todo.append((i, i+1, range(k, end)))
-            k = end
+            stop = next((j for j in range(k, K) if sizes[j]!=sizes[k]), K)
+            if sizes[k]: todo.append((i, i+1, range(k, stop)))
+            k = stop
     for a,b,ks in todo:
         cols = zip(*(rows[k].cut(a, b) for k in ks))
         yield a,ks,*(None if c[0] is None else torch.stack([t.reshape(b-a, -1, *t.shape[1:]) for t in c], 1) for c in cols)
@@ -144,39 +148,94 @@ def _losses(learn, pred, y, w):
     with learn.loss_not_reduced(): rows = vmap(lambda p,y: learn.loss_func(p, y).reshape(len(p), -1).mean(1))(pred, y)
     return (rows*w).mean(1)
 
-# %% ../nbs/14g_many.ipynb #2dc9c6df
+# %% ../nbs/14g_many.ipynb #c1c83259
 class _Together:
     "The stacked models and optimizers of some members"
+    on_device,replay = None,None # run whole batches by a step that lies on the device? None: on a GPU
     def __init__(self, members):
         self.members,self.learns = members,[m.learn for m in members]
         for j,l in enumerate(self.learns): _check_member(j, l, self.learns[0])
         self.stack = Stacked([l.model for l in self.learns])
         self.adam = StackedAdam(self.stack, [l.opt for l in self.learns])
-    def step(self, i, ks, x, y, w):
-        "Train the members `ks` on a batch each; return their losses (k,)"
+        self.device,self.sign = self.learns[0].dl.dataset.x.device,self.signature()
+    def signature(self): return [(id(l.model), id(l.opt), l.dl.bs, [p.requires_grad for p in l.model.parameters()]) for l in self.learns]
+    def goes_on(self, members): return self.members==members and self.sign==self.signature()
+    def grads(self, ks, x, y, w):
+        "Compute the losses (k,) and gradients of the members `ks` on a batch each"
         losses = _losses(self.learns[0], self.stack(x, ks), y, w)
         self.stack.backward(losses)
+        return losses.detach()
+    def step(self, i, ks, x, y, w):
+        losses = self.grads(ks, x, y, w)
         self.adam.step(i, ks)
         self.stack.clear()
-        return losses.detach()
+        return losses
+
+# %% ../nbs/14g_many.ipynb #103316dd
+class _Replay:
+    "The steps that all members make with full batches; rows, numbers and the step's own number lie on the device"
+    def __init__(self, together, rows, n):
+        self.together,self.n,self.graph = together,n,None
+        self.i,self.cols,self.nums = torch.zeros(1, dtype=torch.long, device=together.device),None,None
+        self.losses = torch.zeros(n, len(rows), device=together.device)
+    def load(self, rows):
+        "Take over an epoch's rows and numbers"
+        cols = [torch.cat(c) if c[0] is not None else None for c in zip(*(o[2:] for o in _pieces(rows, rows[0].bs, 0, self.n)))]
+        nums = self.together.adam.tables(self.n)
+        if self.cols is None: self.cols,self.nums = cols,nums
+        else:
+            for a,b in (*zip(self.cols, cols), *((self.nums[k], nums[k]) for k in nums)):
+                if a is not None: a.copy_(b)
+        self.i.zero_()
+    def step(self):
+        x,y,w = (None if c is None else c.index_select(0, self.i)[0] for c in self.cols)
+        self.losses.index_copy_(0, self.i, self.together.grads(None, x, y, w)[None])
+        self.together.adam.step_on_device(self.nums, self.i)
+        self.together.stack.clear()
+        self.i += 1
+    def record(self):
+        "Capture the step as a CUDA graph, without running it; False if that can't be done"
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): self.step()
+            self.graph = graph
+        except RuntimeError as e: print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
+        return self.graph is not None
+
+# %% ../nbs/14g_many.ipynb #4ac400f3
+@patch
+def _whole(self:_Together, rows, done):
+    "Run the steps that lie on the device; `done` is told of each"
+    n = _n_full(rows, rows[0].bs)
+    if n==0: return 0
+    if self.replay is None or self.replay.n!=n: self.replay = _Replay(self, rows, n)
+    r,records = self.replay,self.device.type=='cuda'
+    r.load(rows)
+    for i in range(n):
+        if r.graph is None and records and i==3: records = r.record()
+        r.step() if r.graph is None else r.graph.replay()
+        done(i, range(len(rows)), r.losses[i])
+    return n
 
 @patch
 def epoch(self:_Together, tick):
     "Run the training batches of an epoch, and leave each learner as its own loop would have"
     rows = [_Rows(m) for m in self.members]
     counts = [len(r.cuts)-1 for r in rows]
-    books = [_Books(l, n, l.dls.device) for l,n in zip(self.learns, counts)]
+    books = [_Books(l, n, self.device) for l,n in zip(self.learns, counts)]
     plans = [lay_out(l, n) for l,n in zip(self.learns, counts)]
     for l,n in zip(self.learns, counts): l.n_iter = n
     self.stack.take()
     self.adam.lay_out(plans)
-    losses = torch.full((max(counts), len(rows)), np.nan, device=self.learns[0].dls.device)
+    losses = torch.full((max(counts), len(rows)), np.nan, device=self.device)
+    def _done(i, ks, ls):
+        losses[i,ks.start:ks.stop] = ls
+        for k in ks: books[k].done = i+1
+        tick(losses[i])
     try:
-        for a,ks,x,y,w in _pieces(rows, self.learns[0].dl.bs):
-            for j in range(len(x)):
-                losses[a+j,ks.start:ks.stop] = self.step(a+j, ks, x[j], y[j], None if w is None else w[j])
-                for k in ks: books[k].done = a+j+1
-                tick(losses[a+j])
+        whole = self._whole(rows, _done) if ifnone(self.on_device, self.device.type=='cuda') else 0
+        for a,ks,x,y,w in _pieces(rows, rows[0].bs, whole):
+            for j in range(len(x)): _done(a+j, ks, self.step(a+j, ks, x[j], y[j], None if w is None else w[j]))
     finally:
         self.stack.give()
         self.adam.give()
@@ -221,7 +280,7 @@ class _Bar:
             self.bar = progress_bar(range(learn.n_epoch*len(learn.dl)), leave=False)
             self.bar.update(0)
 
-# %% ../nbs/14g_many.ipynb #b0909ebf
+# %% ../nbs/14g_many.ipynb #e5e532c1
 def fit_many(
     learners, # learners of one shape, or a function (seed) -> such a learner
     *args, # what each learner's `fit` takes, the same for all: epochs, learning rate
@@ -242,7 +301,7 @@ def fit_many(
     together = None
     try:
         while live := [m for m in members if not m.done and m.run()]:
-            if together is None or together.members!=live: together = _Together(live)
+            if together is None or not together.goes_on(live): together = _Together(live)
             bar.size(live[0].learn)
             together.epoch(bar)
     finally:

@@ -15,7 +15,7 @@ from .core import *
 from .models import *
 from .loop import _fused_kind
 
-# %% ../nbs/14f_stacked.ipynb #3baac0dc
+# %% ../nbs/14f_stacked.ipynb #fd0e6ef7
 _own = ('n_users','n_items','user_sz','item_sz','mean','init') # settings that models of one shape may differ in
 
 def _tables(model): return {n for n,p in model.named_parameters() if any(p is t for ts in emb_tables(model).values() for t in ts)}
@@ -28,7 +28,7 @@ def check_alike(
     m0 = models[0]
     tables,dev = _tables(m0),first(m0.parameters()).device
     for j,m in enumerate(models[1:], 1):
-        odd = lambda what,a,b: ValueError(f"model {j} has another {what} than model 0 ({a}, not {b}): models that are trained together should be of one shape")
+        odd = lambda what,a,b: ValueError(f"model {j} has another {what} than model 0 ({a}, not {b}): models that are trained together should be of one shape (give them the same `n_factors`, `emb_szs` and `config`)")
         if type(m) is not type(m0): raise odd('class', type(m).__name__, type(m0).__name__)
         a,b = ({n: tuple(p.shape)[n in tables:] for n,p in (*o.named_parameters(), *o.named_buffers())} for o in (m,m0))
         if a!=b: raise odd('shape', *({n: s for n,s in o.items() if (a.get(n),b.get(n))!=(s,s)} for o in (a,b)))
@@ -205,11 +205,13 @@ def step(self:StackedAdam,
                         [self.t[n][k] for n in ns], lr=h['lr'], beta1=h['mom'], beta2=h['sqr_mom'], weight_decay=h['wd'] if wd else 0., eps=h['eps'],
                         amsgrad=False, maximize=False)
 
-# %% ../nbs/14f_stacked.ipynb #28feab20
+# %% ../nbs/14f_stacked.ipynb #2a881c53
 @patch
-def tables(self:StackedAdam)->dict: # {(group, name): (steps, K) on the device}
-    "Put the hyper-parameters of the epoch's steps on the device"
-    n,dev = min(map(len, self.rows)),first(self.stack.P.values()).device
+def tables(self:StackedAdam,
+    n:int, # steps
+)->dict: # {(group, name): (n, K) on the device}
+    "Put the hyper-parameters of the epoch's first steps on the device"
+    dev = first(self.stack.P.values()).device
     hs = [[self.hypers(i, k) for k in range(len(self.stack))] for i in range(n)]
     return {(g,h): torch.tensor([[o[g][h] for o in r] for r in hs], device=dev) for g,_,_ in self.groups for h in _hypers}
 

@@ -193,6 +193,14 @@ def test_every_row_is_visited_once():
         seen |= {tuple(o) for o in x.reshape(-1, 2).tolist()}
     assert seen=={(k,j) for k,n in enumerate(sizes) for j in range(n)} and len(steps)==len(set(steps))
 
+@pytest.mark.parametrize('mk', [dict(), dict(model='nn', config=wide, emb_szs=dict(user=4, title=3)), dict(weight_name='weight'), dict(opt_func=partial(Adam, decouple_wd=False))], ids=str)
+def test_steps_that_lie_on_the_device(mk, monkeypatch):
+    "What a GPU replays, run a step at a time"
+    monkeypatch.setattr('cfext.many._Together.on_device', True)
+    check(partial(make, **mk), 3, 0.02, wd=0.1, atol=1e-4 if 'model' in mk else 1e-5)
+    sizes = [122,183,200,244]
+    check(lambda s: make(s, rows=(np.arange(sizes[s]), np.arange(900,1000)), **mk), 2, 0.02, n=4, atol=1e-4 if 'model' in mk else 1e-5)
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 @pytest.mark.parametrize('mk', [dict(unk_p=0), dict(unk_p=0, model='nn', config=wide)])
