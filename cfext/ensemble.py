@@ -72,7 +72,7 @@ def check_weights(
     if abs(w.sum()-1)>1e-3: raise ValueError(f"`weights` sum to {w.sum():.4g}, not to 1: divide them by their sum")
     return w/w.sum()
 
-# %% ../nbs/14c_ensemble.ipynb #8e7b1d68
+# %% ../nbs/14c_ensemble.ipynb #5e193b95
 class Ensemble:
     "Learners or bundles that predict one target, answering as one"
     def __init__(self,
@@ -93,7 +93,9 @@ class Ensemble:
         if kind is None: kind = 'softmax' if _nexts(self.first) else _out_kind(self.first.loss_func)[0]
         store_attr('method,clip,kind,device,in_turn')
     @property
-    def first(self): return first(self.members.values())
+    def first(self):
+        "The first member, whose loss and metrics count"
+        return first(self.members.values())
     def __len__(self): return len(self.members)
     def __repr__(self): return f"Ensemble({self.method} of {', '.join(f'{n} {w:.2f}' for n,w in zip(self.members, self.weights))})"
     def merge(self,
@@ -272,7 +274,7 @@ def fit_stack(self:Ensemble,
     "Fit a `stack` of the members on rows that no member was trained on"
     return stack(*self._unseen(rows), how, **kwargs)
 
-# %% ../nbs/14c_ensemble.ipynb #7459e882
+# %% ../nbs/14c_ensemble.ipynb #cb8fe44b
 class MergedModel(CFModel):
     "Models of different codes as one: `maps[j]` turns common codes of users and items into those of model j"
     def __init__(self,
@@ -300,6 +302,7 @@ class MergedModel(CFModel):
         each = (self._run(m, score, u[users], i) for m,u,i in zip(self.models, self.users, self.items))
         return self.merge(s.T for s in each).T if self.ranks else self.merge(each)
 
+# %% ../nbs/14c_ensemble.ipynb #f64c4c23
 class NextItem(nn.Module):
     "Scores every item for users by what comes next in their histories"
     def __init__(self,
@@ -325,7 +328,6 @@ def _pairs(dls):
     ends = torch.as_tensor(dls.hist.ends).cpu()
     return torch.stack([torch.arange(1, len(ends)).repeat_interleave(ends.diff()), torch.as_tensor(dls.hist.toks).long().cpu()[:int(ends[-1])]], 1)
 
-# %% ../nbs/14c_ensemble.ipynb #37c2411f
 def _union_dls(learns):
     "Loaders over the rows of all of them, in common codes, and each one's codes of the common users and items"
     cols = _names(learns[0].dls)

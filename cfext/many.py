@@ -245,7 +245,7 @@ def epoch(self:_Together, tick):
             b.close(plans[k], _OwnStep(self.learns[k].opt))
             self.members[k].lost = b.done<ran # its NaN ended it
 
-# %% ../nbs/14g_many.ipynb #b5c7fcd2
+# %% ../nbs/14g_many.ipynb #b8dd25f0
 def _start(learners, n, seed):
     "Learners, and the state of the random numbers that each begins its fit with"
     if callable(learners): n = check_pos(n, 'n')
@@ -266,7 +266,7 @@ def _start(learners, n, seed):
         raise ValueError("some learners share a model: make one for each")
     return learns,rngs
 
-# %% ../nbs/14g_many.ipynb #e13b9acc
+
 class _Bar:
     "One progress bar for all, moved ten times a second at the most"
     def __init__(self, on): self.on,self.bar,self.n,self.t = on,None,0,0.

@@ -81,7 +81,7 @@ def give(self:Stacked):
             for n,p in m.named_parameters(): p.copy_(self.part(n, self.P[n], k))
             for n,b in m.named_buffers(): b.copy_(self.part(n, self.B[n], k))
 
-# %% ../nbs/14f_stacked.ipynb #f0961b94
+# %% ../nbs/14f_stacked.ipynb #dea96e40
 @patch
 def __call__(self:Stacked,
     x:Tensor, # (k,bs,2) long codes
@@ -108,6 +108,7 @@ def _dots(self:Stacked, x):
     if 'user_bias' in self.P: res = res + _look('user_bias', users) + _look('item_bias', items) + self.B['offset'][self.ks,None,None]
     return self.models[0].squash(res)
 
+# %% ../nbs/14f_stacked.ipynb #8e2eb4d9
 @patch
 def backward(self:Stacked,
     losses:Tensor, # (k,) of the models that were called last
