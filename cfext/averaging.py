@@ -22,7 +22,12 @@ from .core import *
 from .data import *
 from .models import *
 
-# %% ../nbs/07b_averaging.ipynb #ce62311d
+# %% ../nbs/07b_averaging.ipynb #522653c2
+class _Lean(Callback):
+    "A callback whose work on a batch needs nothing of fastai's loop; on a GPU it does need the host, so there it is asked each time"
+    @property
+    def on_device(self): return torch.device(self.dls.device or 'cpu').type=='cpu'
+
 def _in_fit(cb): return not hasattr(cb.learn, 'lr_finder') and not hasattr(cb.learn, 'gather_preds')
 
 class _BatchOf(nn.Module):
@@ -40,7 +45,7 @@ def _swap(model, other, buffers):
             a.copy_(b)
             b.copy_(tmp)
 
-class _Averaged(Callback):
+class _Averaged(_Lean):
     "What `SWA` and `EMA` share: an `AveragedModel` beside the model, put in place when the fit has ended"
     order,buffers,swapped,avg = 75,False,False,None
     def before_fit(self):
@@ -55,7 +60,7 @@ class _Averaged(Callback):
         self.swapped = False
         if not self.buffers: update_bn(([b[:self.dls.n_inp]] for b in self.dls.train), _BatchOf(self.learn.model))
 
-# %% ../nbs/07b_averaging.ipynb #54190cb4
+# %% ../nbs/07b_averaging.ipynb #c88d880a
 class SWA(_Averaged):
     "Average the weights at the ends of the epochs after the first `start` of training"
     multi_avg_fn = None
@@ -75,14 +80,14 @@ class EMA(_Averaged):
     ):
         if not 0<decay<1: raise ValueError(f"`decay`={decay} should lie between 0 and 1")
         self.decay,self.multi_avg_fn = decay,get_ema_multi_avg_fn(decay)
-    def after_batch(self):
-        if self.training and self.avg is not None: self.avg.update_parameters(self.learn.model)
+    def after_step(self):
+        if self.avg is not None: self.avg.update_parameters(self.learn.model)
     def before_validate(self):
         if self.avg is not None and not self.swapped and int(self.avg.n_averaged): self._exchange()
     def after_validate(self):
         if self.swapped: self._exchange()
 
-# %% ../nbs/07b_averaging.ipynb #6c3913c0
+# %% ../nbs/07b_averaging.ipynb #04d23c13
 def with_weights(
     learn:Learner, # the learner whose loaders, loss and metrics are shared
     state:dict, # what its model's `state_dict` gave at some time
@@ -94,7 +99,7 @@ def with_weights(
 
 def _state(model): return {k: v.detach().to('cpu', copy=True) for k,v in model.state_dict().items()}
 
-class _Keeps(Callback):
+class _Keeps(_Lean):
     "What callbacks share that keep weights in `states`"
     order = 75
     def members(self)->list:

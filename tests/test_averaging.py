@@ -202,3 +202,18 @@ def test_dropout_members():
     assert torch.equal(p, p2) and not torch.equal(p, q) and p.shape==(7,1)
     assert torch.equal(before, torch.get_rng_state()) and not any(m.training for m in members[0].model.eval().modules())
     assert members[0].model.score_items(x[:2,0]).shape==(2,learn.dls.n_items)
+
+@pytest.mark.parametrize('mk', [lambda: EMA(0.9), lambda: SWA(0.3), lambda: Snapshots(), lambda: Langevin(cycles=2, explore=0.5, tau=1.)])
+def test_lean_loop_and_fastais_give_the_same(mk):
+    "On a CPU these callbacks need not ask for fastai's loop"
+    res = []
+    for fast in (True,False):
+        torch.manual_seed(1)
+        cb = mk()
+        learn = make()
+        learn.fast = fast
+        quietly(learn, 'fit_sgdr', 2, 1, 0.05, cbs=cb)
+        res.append((_state(learn.model), getattr(cb, 'states', []), learn.recorder.values))
+    (a,s,v),(b,t,w) = res
+    assert same(a, b) and len(s)==len(t) and all(same(x, y) for x,y in zip(s, t))
+    np.testing.assert_allclose(v, w, atol=1e-5)
