@@ -73,7 +73,7 @@ def snapshots(part, c):
     return mean_of(cb.members())
 def langevin(part, c):
     cb = Langevin(c['eps'], c['tau'], c['lam'], cycles=3, explore=0.5)
-    fit(dot(part.dls(), y_range=None, config=dict(mean=float(part.train.rating.mean()))), 'fit', 24, cbs=cb)
+    fit(dot(part.dls(), n_factors=c['n_factors'], y_range=None, config=dict(mean=float(part.train.rating.mean()))), 'fit', 24, cbs=cb)
     return mean_of(cb.members())
 def dropout(part, c):
     dls = part.dls()
@@ -153,8 +153,8 @@ kinds = { # name: (function, settings to choose from; a name: as chosen for that
     'SWA': (swa, lrs),
     'EMA': (ema, lrs),
     'snapshots': (snapshots, lrs),
-    'Langevin': (langevin, [dict(eps=0.5, tau=1.2, lam=10.), dict(eps=0.5, tau=1.5, lam=4.)]),
-    'MC dropout': (dropout, [dict(ps=0.3, embed_p=0.1, wd=0.1), dict(ps=0.5, embed_p=0.2, wd=0.1)]),
+    'Langevin': (langevin, [dict(eps=0.04, tau=1.2, lam=12., n_factors=20)]),
+    'MC dropout': (dropout, [dict(ps=0.3, embed_p=0.1, wd=0.1)]),
     'Gibbs posterior': (partial(gibbs, feats=nothing), [dict(n_factors=10)]),
     'Gibbs posterior, what was rated': (partial(gibbs, feats=rated), [dict(n_factors=10)]),
     'Gibbs posterior, all features': (partial(gibbs, feats=side), [dict(n_factors=10)]),

@@ -6,12 +6,13 @@
 __all__ = ['SWA', 'EMA', 'with_weights', 'Snapshots', 'rated_features', 'cat_features', 'GibbsMF', 'Langevin', 'DropoutDraw',
            'dropout_members']
 
-# %% ../nbs/07b_averaging.ipynb #d999c060
+# %% ../nbs/07b_averaging.ipynb #e94bc36c
 import math,warnings
 from copy import deepcopy
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor,nn
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn,update_bn
 from fastai.callback.core import *
@@ -21,6 +22,7 @@ from fastcore.all import *
 from .core import *
 from .data import *
 from .models import *
+from .learner import *
 
 # %% ../nbs/07b_averaging.ipynb #522653c2
 class _Lean(Callback):
@@ -271,12 +273,12 @@ def before_train(self:GibbsMF):
     if self.epoch>=self.burn and (self.epoch-self.burn)%self.every==0: self.states.append(_state(self.learn.model))
     raise CancelTrainException()
 
-# %% ../nbs/07b_averaging.ipynb #3c09bf31
+# %% ../nbs/07b_averaging.ipynb #4f329597
 class Langevin(_Keeps):
     "Draw any ratings model from its posterior by (cyclical) stochastic gradient Langevin dynamics, in place of the optimizer"
     order = 75
     def __init__(self,
-        eps:float=0.5, # step size, in units of a row's posterior variance; the largest one of a cycle
+        eps:float=0.5, # step size, in units of a row's posterior variance; the largest one of a cycle. `eps` times batches an epoch should stay below about 15
         tau:float=1.5, # precision of the ratings, one over the variance of their noise
         lam:float=4., # prior precision of the parameters
         *,
@@ -296,10 +298,13 @@ class Langevin(_Keeps):
         m,x = self.learn.model,self.dls.train_ds.x.long()
         self.learn_,self.states,self.n,self.step_ = self.learn,[],len(x),0
         self.steps = max(1, self.n_epoch*len(self.dls.train))
+        if self.eps*len(self.dls.train)>15: warnings.warn(f"`eps`={self.eps} times {len(self.dls.train)} batches an epoch is more than 15: the draws may run away; take a smaller `eps` or larger batches", stacklevel=2)
         self.g = torch.Generator(x.device).manual_seed(self.seed)
         self.M = {id(p): 1/(self.lam+self.tau*self.n) for p in m.parameters()}
         for j,role in enumerate(('user','item')):
-            for t in emb_tables(m)[role]: self.M[id(t)] = (1/(self.lam+self.tau*torch.bincount(x[:,j], minlength=len(t))))[:,None]
+            count = torch.bincount(x[:,j]).float()
+            count[0] += sum(cb.p for cb in self.learn.cbs if isinstance(cb, IdDropout))*self.n # what is dropped counts for the unknown row
+            for t in emb_tables(m)[role]: self.M[id(t)] = 1/(self.lam+self.tau*F.pad(count, (0, len(t)-len(count))))[:,None]
 
 # %% ../nbs/07b_averaging.ipynb #70346c1c
 @patch

@@ -217,3 +217,14 @@ def test_lean_loop_and_fastais_give_the_same(mk):
     (a,s,v),(b,t,w) = res
     assert same(a, b) and len(s)==len(t) and all(same(x, y) for x,y in zip(s, t))
     np.testing.assert_allclose(v, w, atol=1e-5)
+
+def test_langevin_with_a_trained_unknown_row():
+    "Dropped ids add up in row 0, whose steps are as small as those of other rows that are met as often"
+    dls = CFDataLoaders.from_df(df, item_name='title', seed=3, bs=101, device='cpu')
+    learn,l = cf_learner(dls, n_factors=4, y_range=(0.5,5.5), seed=0, unk_p=0.1),Langevin(tau=2., lam=5.)
+    quietly(learn, 'fit', 4, cbs=l)
+    M = l.M[id(learn.model.item_bias)]
+    assert abs(M[0].item()-1/(5+2*0.1*800))<1e-6 and all(s['user_factors'].isfinite().all() for s in l.states)
+
+def test_langevin_that_runs_away_is_warned_of():
+    with pytest.warns(UserWarning, match='`eps`=2.0 times 8 batches an epoch is more than 15'): quietly(make(), 'fit', 1, cbs=Langevin(2.))
