@@ -202,4 +202,4 @@ if __name__=='__main__':
     table = {k: mean_sd([r['test'][k] for r in res.values()]) for k in res[args.folds[0]]['test']}
     table['best, chosen on training rows'] = mean_sd([r['test'][r['best']] for r in res.values()])
     print(pd.DataFrame({k: dict(mean=v['mean'], **dict(zip(res, v['values']))) for k,v in table.items()}).T.round(4))
-    if len(res)==5: record('ensembles_ml100k', dict(rmse=table, folds=res))
+    record('ensembles_ml100k', dict(rmse=table, folds=res))
