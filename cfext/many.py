@@ -85,7 +85,7 @@ def stop(self:_Member):
     self.go.release()
     self.thread.join()
 
-# %% ../nbs/14g_many.ipynb #ba7d69ae
+# %% ../nbs/14g_many.ipynb #77198686
 def _check_member(j, l, l0):
     "Raise if a learner at its batches is one that cannot be trained together with the first"
     if not isinstance(l.dl, ResidentDL): raise TypeError(f"learner {j} has no CFDataLoaders: train it by itself")
@@ -108,15 +108,14 @@ class _Rows:
         ds,self.cuts,drop = dl.dataset,dl.bounds(),_one_of(m.learn, IdDropout)
         with m.random():
             self.idx = torch.as_tensor(dl.get_idxs(), device=ds.x.device)[:self.cuts[-1]]
-            self.mask = torch.rand(len(self.idx), 2, device=ds.x.device)<drop.p if drop and drop.run and drop.p else None
-        self.ds,self.bs,self.scale = ds,dl.bs,None if ds.w is None else ds.w.mean()
+            self.mask = torch.rand(len(self.idx), 2, device=dl.device)<drop.p if drop and drop.run and drop.p else None
+        self.dl,self.bs,self.scale = dl,dl.bs,None if ds.w is None else ds.w.mean()
     def size(self, i): return self.cuts[i+1]-self.cuts[i] if i+1<len(self.cuts) else 0
     def cut(self, a, b):
         "The rows of batches a to b"
         s = slice(self.cuts[a], self.cuts[b])
-        at = self.idx[s]
-        x = self.ds.x[at].long()
-        return x if self.mask is None else x.masked_fill(self.mask[s], 0),self.ds.y[at],None if self.ds.w is None else self.ds.w[at]/self.scale
+        x,y,w = self.dl._take(self.idx[s])
+        return x.long() if self.mask is None else x.long().masked_fill(self.mask[s], 0),y,None if w is None else w/self.scale
 
 # %% ../nbs/14g_many.ipynb #c8b936fc
 def _n_full(rows, bs):
@@ -148,7 +147,7 @@ def _losses(learn, pred, y, w):
     with learn.loss_not_reduced(): rows = vmap(lambda p,y: learn.loss_func(p, y).reshape(len(p), -1).mean(1))(pred, y)
     return (rows*w).mean(1)
 
-# %% ../nbs/14g_many.ipynb #c1c83259
+# %% ../nbs/14g_many.ipynb #4e733505
 class _Together:
     "The stacked models and optimizers of some members"
     on_device,replay = None,None # run whole batches by a step that lies on the device? None: on a GPU
@@ -157,7 +156,7 @@ class _Together:
         for j,l in enumerate(self.learns): _check_member(j, l, self.learns[0])
         self.stack = Stacked([l.model for l in self.learns])
         self.adam = StackedAdam(self.stack, [l.opt for l in self.learns])
-        self.device,self.sign = self.learns[0].dl.dataset.x.device,self.signature()
+        self.device,self.sign = torch.device(self.learns[0].dl.device),self.signature()
     def signature(self): return [(id(l.model), id(l.opt), l.dl.bs, [p.requires_grad for p in l.model.parameters()]) for l in self.learns]
     def goes_on(self, members): return self.members==members and self.sign==self.signature()
     def grads(self, ks, x, y, w):
