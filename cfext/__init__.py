@@ -34,6 +34,8 @@ from .features import *
 from .bundle import *
 from .folds import *
 from .ensemble import *
+from .stacked import *
+from .many import *
 from .seq_data import *
 from .seq_models import *
 from .sequence import *

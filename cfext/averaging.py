@@ -6,12 +6,13 @@
 __all__ = ['SWA', 'EMA', 'with_weights', 'Snapshots', 'rated_features', 'cat_features', 'GibbsMF', 'Langevin', 'DropoutDraw',
            'dropout_members']
 
-# %% ../nbs/07b_averaging.ipynb #d999c060
+# %% ../nbs/07b_averaging.ipynb #e94bc36c
 import math,warnings
 from copy import deepcopy
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor,nn
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn,update_bn
 from fastai.callback.core import *
@@ -21,8 +22,14 @@ from fastcore.all import *
 from .core import *
 from .data import *
 from .models import *
+from .learner import *
 
-# %% ../nbs/07b_averaging.ipynb #ce62311d
+# %% ../nbs/07b_averaging.ipynb #522653c2
+class _Lean(Callback):
+    "A callback whose work on a batch needs nothing of fastai's loop; on a GPU it does need the host, so there it is asked each time"
+    @property
+    def on_device(self): return torch.device(self.dls.device or 'cpu').type=='cpu'
+
 def _in_fit(cb): return not hasattr(cb.learn, 'lr_finder') and not hasattr(cb.learn, 'gather_preds')
 
 class _BatchOf(nn.Module):
@@ -40,7 +47,7 @@ def _swap(model, other, buffers):
             a.copy_(b)
             b.copy_(tmp)
 
-class _Averaged(Callback):
+class _Averaged(_Lean):
     "What `SWA` and `EMA` share: an `AveragedModel` beside the model, put in place when the fit has ended"
     order,buffers,swapped,avg = 75,False,False,None
     def before_fit(self):
@@ -55,7 +62,7 @@ class _Averaged(Callback):
         self.swapped = False
         if not self.buffers: update_bn(([b[:self.dls.n_inp]] for b in self.dls.train), _BatchOf(self.learn.model))
 
-# %% ../nbs/07b_averaging.ipynb #54190cb4
+# %% ../nbs/07b_averaging.ipynb #c88d880a
 class SWA(_Averaged):
     "Average the weights at the ends of the epochs after the first `start` of training"
     multi_avg_fn = None
@@ -75,14 +82,14 @@ class EMA(_Averaged):
     ):
         if not 0<decay<1: raise ValueError(f"`decay`={decay} should lie between 0 and 1")
         self.decay,self.multi_avg_fn = decay,get_ema_multi_avg_fn(decay)
-    def after_batch(self):
-        if self.training and self.avg is not None: self.avg.update_parameters(self.learn.model)
+    def after_step(self):
+        if self.avg is not None: self.avg.update_parameters(self.learn.model)
     def before_validate(self):
         if self.avg is not None and not self.swapped and int(self.avg.n_averaged): self._exchange()
     def after_validate(self):
         if self.swapped: self._exchange()
 
-# %% ../nbs/07b_averaging.ipynb #6c3913c0
+# %% ../nbs/07b_averaging.ipynb #04d23c13
 def with_weights(
     learn:Learner, # the learner whose loaders, loss and metrics are shared
     state:dict, # what its model's `state_dict` gave at some time
@@ -94,7 +101,7 @@ def with_weights(
 
 def _state(model): return {k: v.detach().to('cpu', copy=True) for k,v in model.state_dict().items()}
 
-class _Keeps(Callback):
+class _Keeps(_Lean):
     "What callbacks share that keep weights in `states`"
     order = 75
     def members(self)->list:
@@ -266,12 +273,12 @@ def before_train(self:GibbsMF):
     if self.epoch>=self.burn and (self.epoch-self.burn)%self.every==0: self.states.append(_state(self.learn.model))
     raise CancelTrainException()
 
-# %% ../nbs/07b_averaging.ipynb #3c09bf31
+# %% ../nbs/07b_averaging.ipynb #4f329597
 class Langevin(_Keeps):
     "Draw any ratings model from its posterior by (cyclical) stochastic gradient Langevin dynamics, in place of the optimizer"
     order = 75
     def __init__(self,
-        eps:float=0.5, # step size, in units of a row's posterior variance; the largest one of a cycle
+        eps:float=0.5, # step size, in units of a row's posterior variance; the largest one of a cycle. `eps` times batches an epoch should stay below about 15
         tau:float=1.5, # precision of the ratings, one over the variance of their noise
         lam:float=4., # prior precision of the parameters
         *,
@@ -291,10 +298,13 @@ class Langevin(_Keeps):
         m,x = self.learn.model,self.dls.train_ds.x.long()
         self.learn_,self.states,self.n,self.step_ = self.learn,[],len(x),0
         self.steps = max(1, self.n_epoch*len(self.dls.train))
+        if self.eps*len(self.dls.train)>15: warnings.warn(f"`eps`={self.eps} times {len(self.dls.train)} batches an epoch is more than 15: the draws may run away; take a smaller `eps` or larger batches", stacklevel=2)
         self.g = torch.Generator(x.device).manual_seed(self.seed)
         self.M = {id(p): 1/(self.lam+self.tau*self.n) for p in m.parameters()}
         for j,role in enumerate(('user','item')):
-            for t in emb_tables(m)[role]: self.M[id(t)] = (1/(self.lam+self.tau*torch.bincount(x[:,j], minlength=len(t))))[:,None]
+            count = torch.bincount(x[:,j]).float()
+            count[0] += sum(cb.p for cb in self.learn.cbs if isinstance(cb, IdDropout))*self.n # what is dropped counts for the unknown row
+            for t in emb_tables(m)[role]: self.M[id(t)] = 1/(self.lam+self.tau*F.pad(count, (0, len(t)-len(count))))[:,None]
 
 # %% ../nbs/07b_averaging.ipynb #70346c1c
 @patch

@@ -126,7 +126,7 @@ def _kept(path, name, n):
     if p is not None and len(p)==n: return p
     warnings.warn(f"{path/f'{name}.npy'} is not readable; this fold is trained again", stacklevel=3)
 
-# %% ../nbs/14b_folds.ipynb #07913de7
+# %% ../nbs/14b_folds.ipynb #3e0aa40d
 @contextmanager
 def _seeded(seed):
     "Seed the generators of torch, NumPy and Python inside a block, and put them back after it"
@@ -141,13 +141,17 @@ def _seeded(seed):
         np.random.set_state(np_state)
         random.setstate(py_state)
 
-def _fit_one(make_learner, df, tr, va, seed, predict):
-    "A fitted learner and its predictions of the rows held out"
+def _made(make_learner, df, tr, va, seed):
+    "What `make_learner` makes, under its seed"
     def _splitter(o):
         if len(o)!=len(df): raise ValueError(f"the splitter of this fold is for {len(df)} rows, it got {len(o)}: pass it the frame that `make_learner` got")
         return tr,va
     with _seeded(seed): learn = make_learner(df, _splitter, seed)
-    if not isinstance(learn, Learner): raise TypeError(f"`make_learner` should return a fitted Learner, got {type(learn).__name__}")
+    if not isinstance(learn, Learner): raise TypeError(f"`make_learner` should return a Learner, got {type(learn).__name__}")
+    return learn
+
+def _judged(learn, df, tr, va, predict):
+    "The learner's predictions of the rows held out, after a look at what it was trained on"
     seen = trained_on(learn, df.iloc[va])
     if seen is not None:
         pairs = list(learn.dls.cat_names)
@@ -156,7 +160,7 @@ def _fit_one(make_learner, df, tr, va, seed, predict):
     p = predict(learn, df.iloc[va])
     p = np.asarray(p.detach().cpu() if hasattr(p, 'detach') else p, dtype=np.float32)
     if len(p)!=len(va): raise ValueError(f"{len(p)} predictions for {len(va)} rows held out")
-    return learn,p
+    return p
 
 # %% ../nbs/14b_folds.ipynb #f298316d
 class Folds:
@@ -197,7 +201,7 @@ def table(self:Folds)->pd.DataFrame: # a row a fold: rows held out, RMSE of its 
     ok = self.oof.notna().to_numpy()
     return pd.DataFrame({**res, 'all': dict(rows=int(ok.sum()), rmse=float(np.sqrt(((self.oof[ok]-y[ok])**2).mean())))}).T.astype(dict(rows=int)).rename_axis('fold')
 
-# %% ../nbs/14b_folds.ipynb #d1d6a2d8
+# %% ../nbs/14b_folds.ipynb #a711f500
 def fit_folds(
     make_learner, # function (df, splitter, seed) -> a fitted learner
     df:pd.DataFrame, # the rows; left as they are
@@ -209,6 +213,7 @@ def fit_folds(
     seed:int=0, # of the folds; the learners get seed, seed+1, ...
     rating_name:str='rating', # column of the targets
     predict=predict_rows, # function (learn, rows) -> predictions (n,...)
+    together=None, # function (learners, seed=list of seeds) that fits all at once, such as `partial(fit_many, n_epoch=5, lr_max=5e-3)`; `make_learner` then leaves its learners unfitted
     tag:str='', # name of the recipe, checked when a run goes on
     **cols, # `user_name` and `time_name`, as for `fold_rows`
 )->Folds:
@@ -220,14 +225,20 @@ def fit_folds(
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         _claim(path, dict(frame=_frame_digest(df, rows), seed=seed, tag=tag))
-    preds,learners = {},{}
-    for j,(tr,va) in enumerate(rows):
-        for s in range(check_pos(n_seeds, 'n_seeds')):
-            name = f'fold{j}-seed{s}'
-            preds[j,s],where = _kept(path, name, len(va)),None if path is None else path/name
-            if preds[j,s] is not None: learners[j,s] = where if (where/'bundle.json').is_file() else None; continue
-            learners[j,s],preds[j,s] = _fit_one(make_learner, df, tr, va, seed+j*n_seeds+s, predict)
-            if path is None: continue
-            if isinstance(learners[j,s], CFLearner): learners[j,s].save_bundle(where)
-            with whole_file(path/f'{name}.npy') as f: np.save(f, preds[j,s])
+    seeds = {(j,s): seed+j*n_seeds+s for j in range(len(rows)) for s in range(check_pos(n_seeds, 'n_seeds'))}
+    where = {k: None if path is None else path/'fold{}-seed{}'.format(*k) for k in seeds}
+    preds = {k: _kept(path, '' if path is None else where[k].name, len(rows[k[0]][1])) for k in seeds}
+    learners = {k: where[k] if path is not None and (where[k]/'bundle.json').is_file() else None for k in seeds}
+    todo = [k for k in seeds if preds[k] is None]
+    made = {}
+    if together is not None and todo:
+        made = {k: _made(make_learner, df, *rows[k[0]], seeds[k]) for k in todo}
+        together(list(made.values()), seed=[seeds[k] for k in todo])
+    for k in todo:
+        tr,va = rows[k[0]]
+        learners[k] = made[k] if made else _made(make_learner, df, tr, va, seeds[k])
+        preds[k] = _judged(learners[k], df, tr, va, predict)
+        if path is None: continue
+        if isinstance(learners[k], CFLearner): learners[k].save_bundle(where[k])
+        with whole_file(where[k].with_suffix('.npy')) as f: np.save(f, preds[k])
     return Folds(df, rows, preds, rating, learners)

@@ -202,3 +202,29 @@ def test_dropout_members():
     assert torch.equal(p, p2) and not torch.equal(p, q) and p.shape==(7,1)
     assert torch.equal(before, torch.get_rng_state()) and not any(m.training for m in members[0].model.eval().modules())
     assert members[0].model.score_items(x[:2,0]).shape==(2,learn.dls.n_items)
+
+@pytest.mark.parametrize('mk', [lambda: EMA(0.9), lambda: SWA(0.3), lambda: Snapshots(), lambda: Langevin(cycles=2, explore=0.5, tau=1.)])
+def test_lean_loop_and_fastais_give_the_same(mk):
+    "On a CPU these callbacks need not ask for fastai's loop"
+    res = []
+    for fast in (True,False):
+        torch.manual_seed(1)
+        cb = mk()
+        learn = make()
+        learn.fast = fast
+        quietly(learn, 'fit_sgdr', 2, 1, 0.05, cbs=cb)
+        res.append((_state(learn.model), getattr(cb, 'states', []), learn.recorder.values))
+    (a,s,v),(b,t,w) = res
+    assert same(a, b) and len(s)==len(t) and all(same(x, y) for x,y in zip(s, t))
+    np.testing.assert_allclose(v, w, atol=1e-5)
+
+def test_langevin_with_a_trained_unknown_row():
+    "Dropped ids add up in row 0, whose steps are as small as those of other rows that are met as often"
+    dls = CFDataLoaders.from_df(df, item_name='title', seed=3, bs=101, device='cpu')
+    learn,l = cf_learner(dls, n_factors=4, y_range=(0.5,5.5), seed=0, unk_p=0.1),Langevin(tau=2., lam=5.)
+    quietly(learn, 'fit', 4, cbs=l)
+    M = l.M[id(learn.model.item_bias)]
+    assert abs(M[0].item()-1/(5+2*0.1*800))<1e-6 and all(s['user_factors'].isfinite().all() for s in l.states)
+
+def test_langevin_that_runs_away_is_warned_of():
+    with pytest.warns(UserWarning, match='`eps`=2.0 times 8 batches an epoch is more than 15'): quietly(make(), 'fit', 1, cbs=Langevin(2.))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np,pandas as pd,pytest,torch
 from sklearn.linear_model import Ridge
+from fastai.losses import MSELossFlat
 from cfext import *
 from cfext.blend import *
 from cfext.blend import _metric
@@ -208,7 +209,7 @@ def test_folds_that_cannot_be(df):
     with pytest.raises(ValueError, match='`k`=1001 folds of 1000 rows'): fit_folds(make, df, k=1001)
     with pytest.raises(ValueError, match='would train on a constant target'): fit_folds(make, df.assign(rating=1.), k=2)
     with pytest.raises(ValueError, match='should be a whole number of at least 2'): fit_folds(make, df, k=1)
-    with pytest.raises(TypeError, match='should return a fitted Learner, got NoneType'): fit_folds(lambda *a: None, df, k=2)
+    with pytest.raises(TypeError, match='should return a Learner, got NoneType'): fit_folds(lambda *a: None, df, k=2)
     with pytest.raises(ValueError, match='the splitter of this fold is for 1000 rows, it got 500'): fit_folds(lambda df,s,seed: make(df[:500], s, seed), df, k=2)
     with pytest.raises(ValueError, match='pass `splitter` to its loaders'): fit_folds(lambda df,s,seed: make(df, lambda o: (np.arange(len(o)),[]), seed), df, k=2)
     odd = df.assign(rating=np.where(np.arange(len(df))<250, 3., df.rating))
@@ -290,3 +291,130 @@ def test_bundles(df, members, tmp_path):
     assert len([o for o in (tmp_path/'e').iterdir()])==4, 'an older ensemble is cleared away'
     (tmp_path/'e'/'ensemble.json').write_text('{"kind"')
     with pytest.raises(BundleError, match='is not readable as JSON'): load_ensemble(tmp_path/'e')
+
+# members of other kinds
+
+def tabular(df, rows, seed):
+    from fastai.tabular.all import Categorify,TabularDataLoaders,tabular_learner
+    torch.manual_seed(seed)
+    frame = df[['user','title','genre','rating']].astype({'user':str, 'rating':'float32'})
+    dls = TabularDataLoaders.from_df(frame, procs=[Categorify], cat_names=['user','title','genre'], y_names='rating', valid_idx=rows[1], bs=101, device='cpu')
+    learn = tabular_learner(dls, layers=[8], y_range=(0.5,5.5), loss_func=MSELossFlat())
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.02)
+    return learn
+
+def test_a_dot_product_and_a_tabular_model(df, members):
+    rows = tuple(np.sort(r) for r in fold_rows(df, 4)[0])
+    tab = tabular(df, rows, 0)
+    text = df.assign(user=df.user.astype(str))
+    dot = make(text, lambda o: rows, 1)
+    ens = Ensemble(dict(dot=dot, tab=tab), [0.6,0.4])
+    p,y = ens.get_preds()
+    with tab.no_bar(),dot.no_bar(): a,b = dot.get_preds(),tab.get_preds()
+    assert p.shape==(250,1) and torch.allclose(p, 0.6*a[0]+0.4*b[0], atol=1e-6) and torch.equal(y, b[1])
+    some = text[['user','title','genre','rating']].astype({'rating':'float32'}).iloc[rows[1][:9]]
+    frame,q,sd = ens.predict(some)
+    assert torch.allclose(q, p[:9], atol=1e-6) and frame.columns.tolist()==['user','title','pred','spread'] and sd.shape==(9,1)
+    assert abs(ens.validate()[0]-((p-y)**2).mean())<1e-5 and abs(ens.validate(some)[0]-((q-y[:9])**2).mean())<1e-5
+    back = Ensemble(dict(tab=tab, dot=dot), [0.4,0.6])
+    assert torch.allclose(back.predict(some)[1], q, atol=1e-6) and abs(back.validate(some)[0]-ens.validate(some)[0])<1e-5
+    with pytest.raises(TypeError, match="lists need members that score every item; member 'tab'"): ens.recommend('1')
+    with pytest.raises(TypeError, match="member 'tab' is a TabularLearner, which has no safe form"): ens.save_bundle('nowhere')
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    from PIL import Image
+    path,rng = tmp_path_factory.mktemp('pictures'),np.random.default_rng(0)
+    for j in range(24):
+        f = path/('valid' if j%3==0 else 'train')/('dark' if j%2 else 'light')/f'{j}.png'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((rng.integers(0, 90, (8,8,3))+(0 if j%2 else 120)).astype('uint8')).save(f)
+    return path
+
+def vision(path, seed, vocab=None):
+    from fastai.vision.all import ImageDataLoaders,Learner,accuracy
+    torch.manual_seed(seed)
+    dls = ImageDataLoaders.from_folder(path, bs=4, device='cpu', num_workers=0, vocab=vocab)
+    learn = Learner(dls, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)), metrics=accuracy)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+    return learn
+
+def test_vision_models(pictures):
+    a,b = vision(pictures, 0),vision(pictures, 1)
+    ens = Ensemble([a,b])
+    p,y = ens.get_preds()
+    with a.no_bar(),b.no_bar(): pa,pb = a.get_preds()[0],b.get_preds()[0]
+    assert ens.kind=='softmax' and torch.allclose(p, (pa+pb)/2, atol=1e-6) and p.shape==(8,2)
+    loss,acc = ens.validate()
+    assert abs(loss+p[torch.arange(8),y].log().mean())<1e-5, 'the loss is of probabilities, not of their softmax'
+    assert abs(acc-(p.argmax(1)==y).float().mean())<1e-6
+    g = Ensemble([a,b], method='gmean').get_preds()[0]
+    assert torch.allclose(g, (pa*pb).sqrt()/(pa*pb).sqrt().sum(1, keepdim=True), atol=1e-5)
+    files = sorted((pictures/'valid').rglob('*.png'))[:3]
+    frame,q,sd = ens.predict(files)
+    assert frame.columns.tolist()==['pred','prob','spread'] and set(frame.pred)<={'dark','light'} and q.shape==(3,2)
+    np.testing.assert_allclose(frame.prob, q.max(1).values, rtol=1e-6)
+    other = vision(pictures, 2, vocab=['light','dark'])
+    if list(other.dls.vocab)!=list(a.dls.vocab):
+        with pytest.raises(ValueError, match='has another classes'): Ensemble([a, other])
+
+def sequences(df, seed, **kw):
+    dls = SeqDataLoaders.from_df(df, item_name='title', max_len=6, bs=16, seed=seed, device='cpu')
+    learn = seq_learner(dls, 'gru4rec', config=dict(n_factors=5, n_hidden=6), seed=seed)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+    return learn
+
+def test_sequences_and_lists_with_ratings(df):
+    a,b = sequences(df, 0),sequences(df, 1)
+    ens = Ensemble([a,b])
+    p,y = ens.get_preds()
+    ds = a.dls.valid.dataset
+    x,t = ds.cut(range(len(ds)))
+    by_hand = (a.next_scores(x).softmax(1)+b.next_scores(x).softmax(1))/2
+    assert torch.allclose(p, by_hand, atol=1e-6) and torch.equal(y, t.amax(1)) and torch.allclose(p.sum(1), torch.ones(len(p)), atol=1e-5)
+    assert abs(ens.validate()[0]+p[torch.arange(len(p)),y].log().mean())<1e-5
+    hist = [df.title[df.user==u].tolist()[:4] for u in (1,2)]
+    frame,q,_ = ens.predict(hist)
+    assert torch.allclose(q[0], torch.stack([m.next_scores(m._encode(hist[0], 'h')[None])[0].softmax(0) for m in (a,b)]).mean(0), atol=1e-6)
+    assert frame.pred.tolist()==a.dls.vocab.decode(q.argmax(1)).tolist()
+    recs = ens.recommend([1,2], k=4)
+    u = int(a.dls.classes['user'].encode([1])[0])
+    s = torch.stack([m.next_scores(torch.as_tensor(m.dls.hist[u][-6:]).long()[None])[0].softmax(0) for m in (a,b)]).mean(0)
+    s[torch.as_tensor(a.dls.hist[u]).long()] = -1
+    assert recs.title[recs.user==1].tolist()==a.dls.vocab.decode(s.topk(4).indices).tolist()
+    dot = make(df, None, 3)
+    with pytest.raises(ValueError, match="pass method='rank'"): Ensemble([a, dot]).recommend(1)
+    with pytest.raises(ValueError, match='predicts what comes next, the other does not'): Ensemble([a, dot]).get_preds()
+    both = Ensemble([a, dot], method='rank').recommend([1,2], k=4)
+    assert both.user.tolist()==[1]*4+[2]*4 and not set(both.title[both.user==1]) & set(df.title[df.user==1])
+    few = sequences(df[df.title!=df.title.iloc[0]], 2)
+    with pytest.raises(ValueError, match='has another classes'): Ensemble([a, few])
+
+def test_learners_and_bundles_and_pretrained(df, members, tmp_path):
+    members[0].save_bundle(tmp_path/'a')
+    ens = Ensemble([tmp_path/'a', str(tmp_path/'a'), members[1]], device='cpu')
+    assert torch.allclose(ens.predict(df[:5])[1], (2*members[0].predict(df[:5])[2]+members[1].predict(df[:5])[2])/3, atol=1e-6)
+    (tmp_path/'a'/'bundle.json').write_text('{')
+    with pytest.raises(BundleError, match="member 'm0': .*not readable as JSON"): Ensemble([tmp_path/'a', members[1]])
+
+@pytest.mark.parametrize('method', ['mean','gmean','rank','median','max'])
+def test_every_way_to_merge(df, members, method):
+    some = df[:6]
+    each = torch.stack([m.predict(some)[2] for m in members])
+    ranks = torch.tensor(np.stack([pd.Series(e[:,0].numpy()).rank().to_numpy()/6 for e in each]))[...,None].float()
+    want = dict(mean=each.mean(0), gmean=each.log().mean(0).exp(), rank=ranks.mean(0), median=each.median(0).values, max=each.max(0).values)[method]
+    assert torch.allclose(Ensemble(members, method=method).predict(some)[1], want, atol=1e-5)
+    if method in ('mean','gmean','rank'):
+        w = torch.tensor([0.2,0.5,0.3])[:,None,None]
+        want = dict(mean=(each*w).sum(0), gmean=(each.log()*w).sum(0).exp(), rank=(ranks*w).sum(0))[method]
+        assert torch.allclose(Ensemble(members, [0.2,0.5,0.3], method).predict(some)[1], want, atol=1e-5)
+
+def test_stack_of_members(df, members):
+    ens = Ensemble(members, clip=(1,5))
+    b = ens.fit_stack(how='nnls', n_boot=5)
+    P = [p[:,0].numpy() for p in ens.member_preds()]
+    y = ens.get_preds()[1][:,0].numpy()
+    want = stack({f'm{j}': np.clip(p, 1, 5) for j,p in enumerate(P)}, y, 'nnls', n_boot=5)
+    assert b.weights==want.weights and b.gain==want.gain and ens.weights.tolist()==[1/3]*3
+    for f in (ens.fit_stack,ens.fit_weights):
+        with pytest.raises(ValueError, match="member 'm0' was trained on 750 of these 1000 rows"): f(df)
