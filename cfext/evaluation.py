@@ -274,7 +274,7 @@ def compare(self:CFLearner,
         res[f'{m}@{k}'] = dict(this=a.nanmean().item(), other=b.nanmean().item(), difference=t['mean'], **{o: t[o] for o in ('low','high','p')}, users=t['n'])
     return pd.DataFrame(res).T.astype({'users':int})
 
-# %% ../nbs/10c_evaluation.ipynb #f7f7efb2
+# %% ../nbs/10c_evaluation.ipynb #0dfee3b7
 class _Lists:
     "The hits of the validation users' lists, made once for all measures of an epoch"
     def __init__(self, k, n_users, seed): self.k,self.n_users,self.seed = k,n_users,seed
@@ -311,6 +311,7 @@ class ListMetric(Metric):
     @property
     def name(self): return self._name
 
+# %% ../nbs/10c_evaluation.ipynb #ee1e2ec4
 def list_metrics(
     *measures:str, # of `list_measures`; none given: recall and NDCG
     k:int=10, # places in each list
