@@ -161,7 +161,7 @@ def _mean_preds(dls, vx):
     return {'mean rating':mu.expand(len(vx)), 'user mean':mu+user[vx[:,0]], 'item mean':mu+item[vx[:,1]],
             'user and item means':mu+bi[vx[:,1]]+bu[vx[:,0]]}
 
-# %% ../nbs/10c_evaluation.ipynb #dbc2b5c8
+# %% ../nbs/10c_evaluation.ipynb #bbe1db66
 def _split_rows(learn, split):
     "Codes (n,2), ratings (n,) or None, and which rows have been seen by then"
     dls,ds = learn.dls,learn.dls.train_ds
@@ -186,6 +186,7 @@ def _rating_report(learn, x, y):
     errs = {n: p.cpu()-y.cpu() for n,p in preds.items()}
     return pd.DataFrame({n: {'RMSE': (e**2).mean().sqrt().item(), 'MAE': e.abs().mean().item()} for n,e in errs.items()}).T
 
+# %% ../nbs/10c_evaluation.ipynb #da50dbc6
 def _protocol(learn, held, seen, candidates, n_sampled, seed):
     "What `top_items` is told, the words for it, and what column names get"
     dls,rest = learn.dls,' but those seen before' if seen else ''
@@ -273,7 +274,7 @@ def compare(self:CFLearner,
         res[f'{m}@{k}'] = dict(this=a.nanmean().item(), other=b.nanmean().item(), difference=t['mean'], **{o: t[o] for o in ('low','high','p')}, users=t['n'])
     return pd.DataFrame(res).T.astype({'users':int})
 
-# %% ../nbs/10c_evaluation.ipynb #f7f7efb2
+# %% ../nbs/10c_evaluation.ipynb #0dfee3b7
 class _Lists:
     "The hits of the validation users' lists, made once for all measures of an epoch"
     def __init__(self, k, n_users, seed): self.k,self.n_users,self.seed = k,n_users,seed
@@ -310,6 +311,7 @@ class ListMetric(Metric):
     @property
     def name(self): return self._name
 
+# %% ../nbs/10c_evaluation.ipynb #ee1e2ec4
 def list_metrics(
     *measures:str, # of `list_measures`; none given: recall and NDCG
     k:int=10, # places in each list
