@@ -64,7 +64,7 @@ def _recs(ex, places, caption):
     return Div(Ol(*[Li(_link(ex, 'item', o['item']), Span(f"{o['score']:.2f}", cls='score', title='score'), Small(o['kind'] or '', cls='kind'), Small(why(o['why']), cls='why'))
                     for o in places], cls='recs', aria_label=caption))
 
-# %% ../nbs/14e_explore.ipynb #6834e3aa
+# %% ../nbs/14e_explore.ipynb #5bc728b3
 def _arg(req, name, default, lo, hi):
     "A whole number from the address, within bounds"
     try: return min(max(int(req.query_params.get(name, default)), lo), hi)
@@ -94,6 +94,7 @@ def _item(ex, req):
     near = _table(['item','cosine'], [(_link(ex, 'item', i), c) for i,_,c in it['similar']], 'Nearest by their factors') if it['similar'] else P('Nothing to compare with.')
     return _page(ex, it['title'], H1(Bdi(it['title'])), Div(Section(H2('Known'), facts), Section(H2('Similar'), near), cls='two'))
 
+# %% ../nbs/14e_explore.ipynb #dfaeb6f1
 def _search(ex, req):
     q = req.query_params.get('q', '')
     found = {r: ex.find(r, q, 50) for r in ('item','user')}
@@ -200,7 +201,7 @@ header [role=listbox]{left:auto}@media (max-width:52rem){header [role=listbox]{l
 .map{width:100%;height:min(72vh,50rem);min-height:22rem;border:1px solid var(--line);border-radius:8px}
 '''
 
-# %% ../nbs/14e_explore.ipynb #ee029371
+# %% ../nbs/14e_explore.ipynb #f1f646fb
 _js = r'''
 'use strict';
 for (const box of document.querySelectorAll('[data-find]')) {
@@ -223,8 +224,7 @@ for (const box of document.querySelectorAll('[data-find]')) {
     name.textContent = o.title.length > 120 ? o.title.slice(0, 119) + '\u2026' : o.title; side.textContent = (o.role ? o.role + ', ' : '') + o.n;
     Object.assign(li.dataset, {go: o.go, key: o.key, title: o.title}); li.id = list.id + i;
     li.setAttribute('role', 'option'); li.setAttribute('aria-selected', 'false'); li.append(name, side);
-    li.onmousedown = e => { e.preventDefault(); take(li); };
-    return li;
+    li.onmousedown = e => { e.preventDefault(); take(li); }; return li;
   }
   async function ask() {
     const q = input.value.trim(), mine = ++asked;
@@ -235,8 +235,7 @@ for (const box of document.querySelectorAll('[data-find]')) {
     input.setAttribute('aria-expanded', String(found.length > 0)); note.textContent = found.length ? '' : 'nothing found';
   }
   input.oninput = () => { if (key) key.value = ''; clearTimeout(timer); timer = setTimeout(ask, 60); };
-  input.onblur = close;
-  input.onkeydown = e => {
+  input.onblur = close; input.onkeydown = e => {
     if (e.key === 'ArrowDown' || e.key === 'ArrowUp') { e.preventDefault(); list.hidden ? ask() : mark(at < 0 && e.key === 'ArrowUp' ? -1 : at + (e.key === 'ArrowDown' ? 1 : -1)); }
     else if (e.key === 'Escape') close();
     else if (e.key === 'Enter' && at >= 0) { e.preventDefault(); take(list.children[at]); }

@@ -158,7 +158,7 @@ def lists(self:Explorer,
                         why=[(o, self.titles['item'][o], r) for o,r in why]))
     return res
 
-# %% ../nbs/14d_explorer.ipynb #550fadb5
+# %% ../nbs/14d_explorer.ipynb #9bc8b017
 @patch
 def newcomer(self:Explorer,
     ratings:dict, # {row of an item, from 0: rating}
@@ -170,18 +170,20 @@ def newcomer(self:Explorer,
     if not hasattr(self, '_prior'):
         ds = self.learn.dls.train_ds
         self._prior = RowPrior(self.learn.model, ds.subset(torch.arange(0, len(ds), max(1, len(ds)//1_000_000), device=ds.x.device)))
+        lo,hi = self.learn.model.y_range or (0., 5.)
+        if not len(ds): self._prior.noise = torch.tensor(((hi-lo)/5)**2, device=self._prior.mean.device)
     who = 'new user' if self.users.dtype==object or not pd.api.types.is_numeric_dtype(self.users) else int(self.users.max())+1
     df = pd.DataFrame({self.user_name:who, self.item_name:self.items.take(list(ratings)), self.learn.dls.train_ds.rating_name or 'rating':list(ratings.values())})
     empty = self.alone(-2)
     return empty.fold_in(df, prior=self._prior),who
 
-# %% ../nbs/14d_explorer.ipynb #e71588af
+# %% ../nbs/14d_explorer.ipynb #0047851e
 @patch(as_prop=True)
 def scale(self:Explorer)->list: # the ratings to choose from, highest first
     "The different ratings of the data, or eleven steps between the lowest and the highest"
     y = self.learn.dls.train_ds.y
-    if y is None or not len(y): return [1.]
-    vals = y.unique().cpu().numpy()
+    if y is None: return [1.]
+    vals = y.unique().cpu().numpy() if len(y) else np.array(self.learn.model.y_range or [1.])
     return sorted(map(float, vals if len(vals)<=12 else np.linspace(vals.min(), vals.max(), 11).round(2)), reverse=True)
 
 # %% ../nbs/14d_explorer.ipynb #c9914570
