@@ -23,10 +23,10 @@ def machine()->dict:
                 threads=torch.get_num_threads(), python=platform.python_version(),
                 **{p: version(p) for p in ('torch','fastai','pandas','numpy')})
 
-def record(name:str, results:dict):
-    "Write `benchmarks/{name}.json`: date, command, machine and results"
+def record(name:str, results:dict, path:str|None=None):
+    "Write `path`, by default `benchmarks/{name}.json`: date, command, machine and results"
     d = dict(date=time.strftime('%Y-%m-%d'), command=' '.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]), machine=machine(), **results)
-    out = Path(os.environ.get('OUT', here))/f'{name}.json'
+    out = Path(path) if path else Path(os.environ.get('OUT', here))/f'{name}.json'
     with whole_file(out) as f: f.write_text(json.dumps(d, indent=1)+'\n', encoding='utf-8')
     print(f'written: {out.name}')
 

@@ -29,6 +29,7 @@ configs = {
     'cpu-small': dict(model='gru4rec', config=dict(n_factors=64, n_hidden=96), max_len=50, bs=32, lr=4e-3, epochs=8, loss='sampled', n_neg=256),
     'cpu-gru':   dict(model='gru4rec', config=dict(n_factors=64, n_hidden=128), max_len=100, bs=32, lr=4e-3, epochs=16, loss='sampled', n_neg=512),
     'cpu':       dict(model='sasrec', config=dict(n_factors=64), max_len=200, bs=32, lr=2e-3, epochs=50, loss='sampled', n_neg=512),
+    'cpu-wide':  dict(model='sasrec', config=dict(n_factors=128, drop=0.25), max_len=200, bs=32, lr=1e-3, epochs=60, loss='sampled', n_neg=512),
     'sasrec':    dict(model='sasrec', config=dict(n_factors=128, drop=0.3), max_len=200, bs=64, lr=1e-3, epochs=150, loss='full'),
     'gsasrec':   dict(model='sasrec', config=dict(n_factors=128, drop=0.3), max_len=200, bs=64, lr=1e-3, epochs=200, loss='gbce', n_neg=256, shared=False),
     'gru4rec':   dict(model='gru4rec', config=dict(n_factors=128, n_hidden=256, drop=0.3), max_len=200, bs=64, lr=2e-3, epochs=60, loss='full')}

@@ -1,9 +1,7 @@
 "fastai's collaborative filtering, finished: learners, callbacks and tools for embeddings and recommenders"
 __version__ = "0.0.1"
 
-from . import (core,sources,data,embed,models,losses,negatives,closed,loop,
-    learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
-    interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
+import sys as _sys
 from .core import *
 from .sources import *
 from .data import *
@@ -12,7 +10,10 @@ from .models import *
 from .losses import *
 from .negatives import *
 from .closed import *
+from .graph import *
 from .loop import *
+from .capture import *
+from .rows import *
 from .learner import *
 from .callbacks import *
 from .views import *
@@ -33,7 +34,4 @@ from .seq_data import *
 from .seq_models import *
 from .sequence import *
 
-_modules = (core,sources,data,embed,models,losses,negatives,closed,loop,
-    learner,callbacks,views,averaging,preds,metrics,recommend,newcomers,maps,
-    interpret,blend,tables,features,bundle,folds,ensemble,seq_data,seq_models,sequence)
-__all__ = [n for m in _modules for n in m.__all__]
+__all__ = [n for k,m in list(_sys.modules.items()) if k.startswith('cfext.') for n in m.__all__]

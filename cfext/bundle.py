@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bundle_format', 'BundleError', 'load_bundle']
 
-# %% ../nbs/14_bundle.ipynb #a63dcec4
+# %% ../nbs/14_bundle.ipynb #fb40a57d
 import hashlib,json
 
 import numpy as np,pandas as pd
@@ -17,6 +17,10 @@ from fastai.losses import *
 from .core import *
 from .data import *
 from .models import *
+from .losses import *
+from .negatives import *
+from .closed import *
+from .graph import *
 from .learner import *
 from .recommend import *
 
@@ -40,9 +44,17 @@ def _ids_from_json(d):
     dtypes = dict(int=np.int64, float=np.float64, bool=bool, object=object)
     return pd.Index(d['ids'], dtype=dtypes.get(d['kind']))
 
-# %% ../nbs/14_bundle.ipynb #0b722f55
-_models = {c.__name__:c for c in (DotProduct, DotProductBias, CollabNN, EmbeddingNet)}
-_losses = dict(MSELoss=MSELossFlat, L1Loss=L1LossFlat, BCEWithLogitsLoss=BCEWithLogitsLossFlat)
+# %% ../nbs/14_bundle.ipynb #49451cdc
+_models = {c.__name__:c for c in (DotProduct, DotProductBias, CosineProduct, CollabNN, EmbeddingNet, LightGCN, EASE, ItemKNN, IALS, Popularity)}
+_losses = dict(MSELoss=MSELossFlat, L1Loss=L1LossFlat, BCEWithLogitsLoss=BCEWithLogitsLossFlat,
+    **{c.__name__:c for c in (BPRLoss, HingeLoss, WARPLoss, BCELoss, FullSoftmaxLoss, SampledSoftmaxLoss, CCLLoss)})
+
+@patch(cls_method=True)
+def restore(cls:Popularity, config, state):
+    model = cls.__new__(cls)
+    CFModel.__init__(model, **config)
+    model.register_buffer('count', state['count'])
+    return model
 
 def _digest(path):
     "SHA-256 of a file, in hex"
@@ -58,12 +70,15 @@ def _put(folder, stem, suffix, write):
         with whole_file(folder/name) as f: os.replace(tmp, f)
     return dict(name=name, sha256=sha)
 
-# %% ../nbs/14_bundle.ipynb #b43d8141
-def _settings(learn):
+# %% ../nbs/14_bundle.ipynb #74ab322b
+def _settings(learn, model):
     "What a learner's bundle says besides parameters and ids"
-    model,ds,loss = learn.model,learn.dls.train_ds,type(getattr(learn.loss_func, 'func', learn.loss_func)).__name__
+    ds,loss = learn.dls.train_ds,getattr(learn.loss_func, 'func', learn.loss_func)
     drop = [cb.p for cb in learn.cbs if isinstance(cb, IdDropout)]
-    return dict(model=dict(name=type(model).__name__, config=getattr(model, 'config', None)), loss=loss, unk=learn.dls.unk,
+    more = dict(loss_args=loss.config) if isinstance(loss, RankingLoss) else {}
+    negs = [dict(n_neg=cb.n_neg, how=cb.how, seed=cb.seed, **cb.kwargs) for cb in learn.cbs if isinstance(cb, Negatives)]
+    if negs: more['negatives'] = negs[0]
+    return dict(model=dict(name=type(model).__name__, config=getattr(model, 'config', None)), loss=type(loss).__name__, **more, unk=learn.dls.unk,
                 unk_p=drop[0] if drop else 0, bs=learn.dls.train.bs, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
 
 @patch
@@ -76,24 +91,30 @@ def save_bundle(self:CFLearner,
     path,ds = Path(path),self.dls.train_ds
     if path.is_file(): raise BundleError(f"{path} is a file; a bundle is a folder")
     ids = {n: _ids_to_json(m.ids, n) for n,m in ds.classes.items()}
-    tensors = {f'model.{k}': v.detach().cpu().contiguous() for k,v in self.model.state_dict().items()}
-    if history: tensors.update({f'{s}.{k}': t.cpu().contiguous() for s,d in (('train',ds), ('valid',self.dls.valid_ds))
-                                for k in 'xyw' if (t := getattr(d, k)) is not None})
+    model = self.model if history else getattr(self.model, 'without_rows', lambda: self.model)()
+    tensors = {f'model.{k}': v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+    if history: tensors.update(_rows(self.dls))
     path.mkdir(parents=True, exist_ok=True)
     old = _files(path)
     files = dict(tensors=_put(path, 'tensors', '.safetensors', lambda f: save_file(tensors, f)),
                  ids=_put(path, 'ids', '.json', lambda f: f.write_text(json.dumps(ids, ensure_ascii=False), encoding='utf-8')))
-    manifest = dict(format=bundle_format, kind='cfext bundle', files=files, **_settings(self))
+    manifest = dict(format=bundle_format, kind='cfext bundle', files=files, **_settings(self, model))
     with whole_file(path/'bundle.json') as f: f.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in old - {v['name'] for v in files.values()}: (path/o).unlink(missing_ok=True)
     return path
+
+def _rows(dls):
+    "The tensors of the loaders' rows, and of those that only count as seen"
+    res = {f'{s}.{k}': getattr(d, k) for s,d in (('train',dls.train_ds), ('valid',dls.valid_ds)) for k in 'xyw'}
+    res.update({f'{s}.also': t for s,t in zip(('train','valid'), dls.also_seen)})
+    return {k: t.cpu().contiguous() for k,t in res.items() if t is not None}
 
 def _files(path):
     "Names of the data files of the bundle in a folder, if there is a readable one"
     try: return {Path(o['name']).name for o in json.loads((path/'bundle.json').read_text(encoding='utf-8'))['files'].values()}
     except (OSError,ValueError,KeyError,TypeError,AttributeError): return set()
 
-# %% ../nbs/14_bundle.ipynb #2ea7e527
+# %% ../nbs/14_bundle.ipynb #a8154712
 def _manifest(path):
     "Read and check `bundle.json` and the digests of the files it names"
     if not (path/'bundle.json').is_file(): raise BundleError(f"{path} holds no bundle (no bundle.json in it): make one with learn.save_bundle({str(path)!r})")
@@ -113,18 +134,18 @@ def _bundle_model(d, model, state):
     name,config = d['model']['name'],d['model']['config']
     if model is None:
         if name not in _models: raise BundleError(f"the bundle's model is {name}, which is not one of cfext's: pass an instance as `model=`")
-        model = _models[name](**config)
+        return _models[name].restore(config, state)
     try: model.load_state_dict(state)
     except RuntimeError as e: raise BundleError(f"the parameters in the bundle do not fit {type(model).__name__}: {e}") from e
     return model
 
-# %% ../nbs/14_bundle.ipynb #bd21c76a
+# %% ../nbs/14_bundle.ipynb #e333781a
 def load_bundle(
     path:str|Path, # folder that `save_bundle` wrote
     *,
     device=None, # where rows and model go; None: fastai's `default_device()`
     model:nn.Module|None=None, # for a model that is not cfext's: an instance to be filled
-    loss_func=None, # for a loss other than mean squared, mean absolute or binary cross-entropy
+    loss_func=None, # for a loss other than mean squared, mean absolute, binary cross-entropy or a `RankingLoss` of this library
 )->CFLearner:
     "Read a bundle into a learner that predicts as the saved one did; no code from the files is run"
     path = Path(path)
@@ -137,9 +158,10 @@ def load_bundle(
     model = _bundle_model(d, model, {k.removeprefix('model.'): v for k,v in t.items() if k.startswith('model.')})
     if loss_func is None:
         if d['loss'] not in _losses: raise BundleError(f"the bundle was trained with {d['loss']}: pass it as `loss_func=`")
-        loss_func = _losses[d['loss']]()
+        loss_func = _losses[d['loss']](**d.get('loss_args', {}))
     device = default_device() if device is None else device
     dls = CFDataLoaders(ResidentDL(dss[0], bs=d['bs'], shuffle=True, device=device),
                         ResidentDL(dss[1], bs=max(d['bs'], 8192), device=device), path=path, device=device)
-    dls.unk = d['unk']
-    return cf_learner(dls, model, loss_func=loss_func, unk_p=d['unk_p'])
+    dls.unk,dls.also_seen = d['unk'],(t.get('train.also'), t.get('valid.also'))
+    cbs = [Negatives(**d['negatives'])] if 'negatives' in d else None
+    return cf_learner(dls, model, loss_func=loss_func, unk_p=d['unk_p'], cbs=cbs)

@@ -40,7 +40,16 @@ def history_rows(
     res[row, items[at]] = 1
     return res
 
-# %% ../nbs/04b_closed.ipynb #db0e815f
+# %% ../nbs/04b_closed.ipynb #5234b90c
+def _solved(cls, base, config, state):
+    "A solved model with the tables of `state`; nothing is solved again"
+    model = cls.__new__(cls)
+    base.__init__(model, **config)
+    for k,v in state.items():
+        if k in ('starts','items'): model.register_buffer(k, v)
+        else: setattr(model, k, nn.Parameter(v, requires_grad=False))
+    return model
+
 class _ItemBased(CFModel):
     "Scores by a user's history times a table of items `weight` (n_items, n_items)"
     def __init__(self, dls, **config):
@@ -48,6 +57,11 @@ class _ItemBased(CFModel):
         starts,items = user_histories(dls.train_ds.x, dls.n_users, dls.n_items)
         self.register_buffer('starts', starts)
         self.register_buffer('items', items)
+    @classmethod
+    def from_dls(cls, dls, **kwargs): return cls(dls, **kwargs)
+    @classmethod
+    def restore(cls, config, state): return _solved(cls, CFModel, config, state)
+    def without_rows(self): raise ValueError(f"{type(self).__name__} scores users by their rows, and is nothing without them; an IALS of the same loaders is")
     def _rows(self, users, dtype=torch.float32): return history_rows(users, self.starts, self.items, self.n_items, dtype)
     def gram(self, tile=1<<24):
         users = torch.arange(self.n_users, device=self.items.device)
@@ -121,7 +135,7 @@ def solve_rows(
         res[rows] = torch.cholesky_solve(H.sum(1)[...,None], torch.linalg.cholesky(A))[...,0]
     return res
 
-# %% ../nbs/04b_closed.ipynb #0da52068
+# %% ../nbs/04b_closed.ipynb #2e80b32d
 class IALS(DotProduct):
     "Implicit alternating least squares over all pairs (Hu, Koren and Volinsky 2008; Rendle et al. 2022)"
     def __init__(self,
@@ -144,3 +158,7 @@ class IALS(DotProduct):
             P = solve_rows(*by_user, Q, alpha0, lam, nu)
             Q = solve_rows(*by_item, P, alpha0, lam, nu)
         self.user_factors,self.item_factors = (nn.Parameter(t, requires_grad=False) for t in (P,Q))
+    @classmethod
+    def from_dls(cls, dls, **kwargs): return cls(dls, **kwargs)
+    @classmethod
+    def restore(cls, config, state): return _solved(cls, DotProduct, config, state)

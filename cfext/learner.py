@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
-# %% ../nbs/06_learner.ipynb #c770733b
+# %% ../nbs/06_learner.ipynb #772559fb
 import inspect,warnings
 from contextlib import nullcontext
 
@@ -21,6 +21,8 @@ from .models import *
 from .losses import *
 from .negatives import *
 from .loop import *
+from .capture import *
+from .rows import *
 
 # %% ../nbs/06_learner.ipynb #ba6b51ba
 class IdDropout(Callback):
@@ -48,20 +50,41 @@ class RowWeights(Callback):
         self.learn.loss_grad = (loss.reshape(len(w), -1).mean(1)*w/self.scale).mean()
         self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../nbs/06_learner.ipynb #557e4a05
+# %% ../nbs/06_learner.ipynb #36fd23d2
+def _needs(learn):
+    "What a training step holds on the device, and what can be done about it"
+    mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
+    ps,ds = mb(learn.model.parameters()),learn.dls.train_ds
+    data = mb(o for d in (ds, learn.dls.valid_ds) for o in (d.x,d.y,d.w) if o is not None)
+    return (f"the device ran out of memory: the rows take {data:,.0f} MiB, the parameters {ps:,.0f} MiB, their gradients and Adam's averages three "
+            f"times that, and a batch of {learn.dls.train.bs:,} rows comes on top; take a smaller `bs`, fewer `n_factors`, `device='cpu'` for the loaders, "
+            "or free what other learners hold (del learn; torch.cuda.empty_cache())")
+
 class CFLearner(Learner):
     "A `Learner` over `CFDataLoaders` that answers in the caller's ids"
-    fast = None
+    fast,no_capture = None,False
+    def _tell(self, what):
+        if what in self.__dict__.setdefault('_told', []): return
+        self._told.append(what)
+        print(what)
     def all_batches(self):
         if not self.training or self.fast is False: return super().all_batches()
-        why = {n: e for n,e in batch_needs(self).items()}
-        if not why: return lean_epoch(self)
-        why = ', '.join(f"{n} ({' '.join(e)})" for n,e in why.items())
-        if self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
-        if why not in self.__dict__.setdefault('_told', []):
-            self._told.append(why)
-            print(f"fastai's loop runs, since these callbacks act on each batch: {why}")
-        super().all_batches()
+        why = ', '.join(f"{n} ({' '.join(e)})" for n,e in batch_needs(self).items())
+        if why and self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
+        try:
+            if not why: return self._fast_epoch()
+            self._tell(f"fastai's loop runs, since these callbacks act on each batch: {why}")
+            super().all_batches()
+        except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
+    def _fast_epoch(self):
+        if torch.device(self.dls.device).type!='cuda' or self.no_capture: return lean_epoch(self)
+        why = capture_hurdle(self)
+        if why is None: return captured_epoch(self)
+        self._tell(f"the steps are not captured: {why}")
+        lean_epoch(self)
+    def _end_cleanup(self):
+        self.__dict__.pop('_step_graph', None)
+        super()._end_cleanup()
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         ctx = mean_unknown(self.model) if getattr(dl, 'unk', None)=='mean' else nullcontext()
         rec = getattr(self, 'recorder', None)
@@ -102,7 +125,7 @@ def as_cf_dls(
     return CFDataLoaders(ResidentDL(dss[0], bs=dls.train.bs, shuffle=True, device=dls.device),
                          ResidentDL(dss[1], bs=dls.valid.bs, device=dls.device), path=dls.path, device=dls.device)
 
-# %% ../nbs/06_learner.ipynb #f30f740c
+# %% ../nbs/06_learner.ipynb #094b0039
 def _emb_szs(dls, emb_szs):
     "((n_users,width), (n_items,width)) from fastai's rule, a dict {column: width}, or two (n,width) pairs"
     if emb_szs is None or isinstance(emb_szs, dict): return get_emb_sz(dls.train_ds, emb_szs)
@@ -121,7 +144,8 @@ def _make_model(dls, model, n_factors, y_range, emb_szs, config):
     if isinstance(model, type) and issubclass(model, nn.Module):
         args = dict(n_factors=n_factors, y_range=y_range)
         takes = inspect.signature(model.__init__).parameters
-        return model(dls.n_users, dls.n_items, **{**{k:v for k,v in args.items() if k in takes}, **config})
+        kwargs = {**{k:v for k,v in args.items() if k in takes}, **config}
+        return model.from_dls(dls, **kwargs) if hasattr(model, 'from_dls') else model(dls.n_users, dls.n_items, **kwargs)
     raise ValueError(f"`model`={model!r} should be 'dot', 'nn', a class of modules or a module")
 
 # %% ../nbs/06_learner.ipynb #6e9f780b
@@ -140,7 +164,7 @@ def _check_model(dls, model):
     if not isinstance(res, Tensor) or res.numel()!=3:
         raise ValueError(f"`model` gives {tuple(getattr(res, 'shape', ())) or type(res).__name__} for 3 rows; expected (3,1), a number a row")
 
-# %% ../nbs/06_learner.ipynb #a7f7bd03
+# %% ../nbs/06_learner.ipynb #44e3e713
 @delegates(Learner.__init__)
 def cf_learner(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`, whose rows are taken over
@@ -153,8 +177,8 @@ def cf_learner(
     config:dict|None=None, # further arguments of the model's class; not changed
     unk_p:float=0.01, # share of ids replaced by the unknown row in training (`IdDropout`); 0: it stays untrained
     seed:int|None=None, # seed of the initial parameters; None: torch's global generator
-    fast:bool|None=None, # None: `lean_epoch` where no callback acts on each batch; False: fastai's loop; True: raise where that is needed
-    **kwargs, # what `Learner` takes
+    fast:bool|None=None, # None: `captured_epoch` or `lean_epoch` where no callback acts on each batch; False: fastai's loop; True: raise where that is needed
+    **kwargs, # what `Learner` takes; `opt_func`=RowAdam brings `SparseRows`
 )->CFLearner:
     "Make a learner for ratings that predicts and recommends in the caller's own ids"
     dls,loss_func = as_cf_dls(dls),ifnone(loss_func, MSELossFlat())
@@ -167,5 +191,6 @@ def cf_learner(
     learn.fast = fast
     if unk_p: learn.add_cb(IdDropout(unk_p))
     if dls.train_ds.w is not None: learn.add_cb(RowWeights())
+    if getattr(kwargs.get('opt_func'), 'func', kwargs.get('opt_func')) is RowAdam: learn.add_cb(SparseRows())
     if isinstance(loss_func, RankingLoss) and not any(isinstance(cb, Negatives) for cb in learn.cbs): learn.add_cb(Negatives())
     return learn

@@ -5,26 +5,31 @@
 # %% auto #0
 __all__ = ['batch_events', 'batch_needs', 'lay_out', 'FusedAdam', 'lean_epoch']
 
-# %% ../nbs/05_loop.ipynb #44165a31
-import time
+# %% ../nbs/05_loop.ipynb #e90aa4df
+import math,time
+from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor
 from fastai.callback.core import *
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.callback.training import GradientClip
 from fastai.learner import CastToTensor,Recorder
 from fastai.optimizer import *
 from fastai.optimizer import adam_step,average_grad,average_sqr_grad,l2_reg,step_stat,weight_decay
 from fastcore.all import *
 from .core import *
 
-# %% ../nbs/05_loop.ipynb #78963dc6
+# %% ../nbs/05_loop.ipynb #9220a1b3
 batch_events = L('before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step '
                  'after_cancel_step after_step after_cancel_batch after_batch'.split())
-_known = (TrainEvalCallback, CastToTensor, Recorder, ProgressCallback, ParamScheduler)
-_device_events = {'before_batch','after_pred','after_loss'}
+_known = (TrainEvalCallback, CastToTensor, Recorder, ProgressCallback, ParamScheduler, TerminateOnNaNCallback)
+_asked = (GradientClip, MixedPrecision)
+_device_events = 'before_batch','after_pred','after_loss','before_backward','before_step','after_step'
 
 def batch_needs(
     learn, # a `Learner`
@@ -35,11 +40,25 @@ def batch_needs(
         events = [e for e in batch_events if hasattr(cb, e)]
         if not events or not (cb.run and cb.run_train): continue
         if type(cb) in _known and not getattr(cb, 'train_metrics', False): continue
-        if getattr(cb, 'on_device', False) and set(events)<=_device_events: continue
+        if type(cb) in _asked or (getattr(cb, 'on_device', False) and set(events)<=set(_device_events)): continue
         res[cb.name] = events
     return res
 
-# %% ../nbs/05_loop.ipynb #2d1fd37b
+def _asks(learn):
+    "What is called of each event of a batch, in fastai's order"
+    cbs = [cb for cb in learn.cbs.sorted('order') if cb.run and cb.run_train and (type(cb) in _asked or getattr(cb, 'on_device', False))]
+    return {e: [getattr(cb, e) for cb in cbs if hasattr(cb, e)] for e in _device_events}
+
+# %% ../nbs/05_loop.ipynb #16fb1552
+def _values(f, pcts):
+    "The schedule `f` at each of `pcts`; the phases of fastai's `combine_scheds` are looked up all at once"
+    if getattr(f, '__qualname__', '')!='combine_scheds.<locals>._inner': return [f(p) for p in pcts]
+    own = dict(zip(f.__code__.co_freevars, (c.cell_contents for c in f.__closure__)))
+    ends,pos = own['pcts'],torch.tensor(pcts)
+    i = ((pos[:,None]>=ends).sum(1)-1).clamp(max=len(ends)-2)
+    at = (pos-ends[i])/(ends[i+1]-ends[i])
+    return [own['scheds'][j](p) for j,p in zip(i.tolist(), at.tolist())]
+
 def lay_out(
     learn, # a `Learner` inside `fit`, before an epoch's batches
     n:int, # batches in the epoch
@@ -48,14 +67,14 @@ def lay_out(
     scheds = [cb for cb in learn.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run]
     if not scheds: return [{}]*n
     fs = {k:f for cb in scheds for k,f in cb.scheds.items()}
-    pct,rows,n_groups = learn.pct_train,[],len(learn.opt.hypers)
+    pct,pcts,n_groups = learn.pct_train,[],len(learn.opt.hypers)
     for _ in range(n):
-        vals = {k: f(pct) for k,f in fs.items()}
-        rows.append({k: list(v) if is_iter(v) else [v]*n_groups for k,v in vals.items()})
+        pcts.append(pct)
         pct += 1./(n*learn.n_epoch)
-    return rows
+    cols = {k: [list(v) if is_iter(v) else [v]*n_groups for v in _values(f, pcts)] for k,f in fs.items()}
+    return [dict(zip(cols, o)) for o in zip(*cols.values())]
 
-# %% ../nbs/05_loop.ipynb #559c6bd4
+# %% ../nbs/05_loop.ipynb #acf88418
 def _fused_kind(opt):
     "'adamw' or 'adam' where the optimizer is fastai's Adam over float32 tensors, else None"
     if type(opt) is not Optimizer or len(opt.cbs)!=5: return None
@@ -74,31 +93,33 @@ class FusedAdam:
         self.kernel = torch._fused_adamw_ if _fused_kind(opt)=='adamw' else torch._fused_adam_
         for g,ps in enumerate(opt.param_lists):
             for do_wd in (True,False):
-                ts = [p for p in ps if p.requires_grad and opt.state[p].get('do_wd', True)==do_wd]
-                if ts: self.groups.append((g, do_wd, ts, *map(list, zip(*(self._state(p) for p in ts)))))
+                ts = [(p,*self._state(p)) for p in ps if p.requires_grad and opt.state[p].get('do_wd', True)==do_wd]
+                for n in {t[3] for t in ts}:
+                    tensors = [list(o) for o in zip(*(t[:3] for t in ts if t[3]==n))]
+                    self.groups.append((g, do_wd, *tensors, torch.tensor(float(n), device=tensors[0][0].device)))
     def _state(self, p):
         s = self.opt.state[p]
         for k in ('grad_avg','sqr_avg'): s.setdefault(k, torch.zeros_like(p))
-        return s['grad_avg'],s['sqr_avg'],torch.tensor(float(s.get('step', 0)), device=p.device)
+        return s['grad_avg'],s['sqr_avg'],int(s.get('step', 0))
     def zero_grad(self):
         for _,_,ps,*_ in self.groups:
             for p in ps: p.grad = None
 
-# %% ../nbs/05_loop.ipynb #4b34d543
+# %% ../nbs/05_loop.ipynb #143bb7fe
 @patch
 def step(self:FusedAdam, hypers):
-    for g,do_wd,ps,avgs,sqrs,steps in self.groups:
+    for g,do_wd,ps,avgs,sqrs,count in self.groups:
         h = hypers[g]
         if any(p.grad is None for p in ps): raise RuntimeError("a parameter got no gradient")
-        torch._foreach_add_(steps, 1)
-        self.kernel(ps, [p.grad for p in ps], avgs, sqrs, [], steps, lr=h['lr'], beta1=h['mom'], beta2=h['sqr_mom'],
+        count += 1
+        self.kernel(ps, [p.grad for p in ps], avgs, sqrs, [], [count]*len(ps), lr=h['lr'], beta1=h['mom'], beta2=h['sqr_mom'],
                     weight_decay=h['wd'] if do_wd else 0., eps=h['eps'], amsgrad=False, maximize=False)
 
 @patch
 def sync(self:FusedAdam):
     "Write the step counts back to the optimizer's state"
-    for _,_,ps,_,_,steps in self.groups:
-        for p,n in zip(ps, steps): self.opt.state[p]['step'] = int(n)
+    for _,_,ps,_,_,count in self.groups:
+        for p in ps: self.opt.state[p]['step'] = int(count)
 
 class _OwnStep:
     "The optimizer's own step, for those that are not fused"
@@ -107,39 +128,46 @@ class _OwnStep:
     def step(self, hypers): self.opt.step()
     def sync(self): pass
 
-# %% ../nbs/05_loop.ipynb #24786911
+# %% ../nbs/05_loop.ipynb #ac6c8348
 class _Books:
     "Keeps what fastai's bookkeepers would have written, and writes it"
     def __init__(self, learn, n, device):
         self.learn,self.n,self.done,self.read,self.t = learn,n,0,0,time.time()
         self.losses = torch.empty(n, device=device)
         self.rec,self.prog = getattr(learn, 'recorder', None),getattr(learn, 'progress', None)
-        self.smoothed = []
+        self.smoothed,self.bad,self.nan = [],False,any(isinstance(cb, TerminateOnNaNCallback) and cb.run for cb in learn.cbs)
     def smooth(self):
         "Read the losses since the last time, and average them as `AvgSmoothLoss` does"
         sm = self.rec.smooth_loss
         val,count,beta = float(sm.val),sm.count,sm.beta
         for l in self.losses[self.read:self.done].tolist():
-            val,count = l+beta*(val-l),count+1
+            if self.nan and not math.isfinite(l): self.done,self.bad = self.read,True # not recorded, as in fastai
+            if self.read==self.done: break
+            val,count,self.read = l+beta*(val-l),count+1,self.read+1
             self.smoothed.append(val/(1-beta**count))
-        sm.val,sm.count,self.read = torch.tensor(val),count,self.done
+        sm.val,sm.count = torch.tensor(val),count
         if self.smoothed: self.learn.smooth_loss = torch.tensor(self.smoothed[-1])
-    def tick(self):
-        "Show progress, ten times a second at the most"
-        if self.prog is None or time.time()-self.t<0.1: return
+        if self.bad: raise CancelFitException()
+    def tick(self, last=False):
+        "Read and show what is there, ten times a second at the most"
+        if not last and time.time()-self.t<0.1: return
+        self.t = time.time()
         if self.rec is not None: self.smooth()
         self.show()
     def show(self):
+        if self.prog is None: return
         self.prog.pbar.update(self.done)
         if self.smoothed: self.prog.pbar.comment = f'{self.smoothed[-1]:.4f}'
-        self.t = time.time()
 
-# %% ../nbs/05_loop.ipynb #e1d82f69
+# %% ../nbs/05_loop.ipynb #7d9d36b1
 @patch
 def close(self:_Books, rows, stepper):
     "Leave recorder, schedulers, optimizer and learner as after `done` batches of fastai's loop"
-    learn,opt,done = self.learn,self.learn.opt,self.done
+    learn,opt = self.learn,self.learn.opt
     stepper.sync()
+    if self.rec is not None:
+        with suppress(CancelFitException): self.smooth()
+    done = self.done
     lrs = [r['lr'][-1] if 'lr' in r else opt.hypers[-1]['lr'] for r in rows[:done]]
     if done:
         for k,vs in rows[done-1].items():
@@ -152,12 +180,11 @@ def close(self:_Books, rows, stepper):
     learn.train_iter += done
     learn.iter = done-1
     if self.rec is not None:
-        self.smooth()
         self.rec.lrs += lrs
         self.rec.losses += list(torch.tensor(self.smoothed).unbind())
-    if self.prog is not None: self.show()
+    self.show()
 
-# %% ../nbs/05_loop.ipynb #2f62b791
+# %% ../nbs/05_loop.ipynb #1f16bf26
 def lean_epoch(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 ):
@@ -165,9 +192,8 @@ def lean_epoch(
     dl,model,opt = learn.dl,learn.model,learn.opt
     n = learn.n_iter = len(dl)
     rows = lay_out(learn, n)
-    asked = [(e, [getattr(cb, e) for cb in learn.cbs.sorted('order') if getattr(cb, 'on_device', False) and cb.run and hasattr(cb, e)])
-             for e in ('before_batch','after_pred','after_loss')]
-    before,after_pred,after_loss = (fs for _,fs in asked)
+    asks = _asks(learn)
+    before,after_pred,after_loss,before_back,before_step,after_step = asks.values()
     stepper = (FusedAdam if _fused_kind(opt) else _OwnStep)(opt)
     books = _Books(learn, n, learn.dls.device)
     n_inp = getattr(learn.dls, 'n_inp', 1)
@@ -181,10 +207,16 @@ def lean_epoch(
             for f in after_pred: f()
             with torch._C.DisableTorchFunctionSubclass(): learn.loss_grad = learn.loss = learn.loss_func(learn.pred, *learn.yb)
             for f in after_loss: f()
+            for f in before_back: f()
             learn.loss_grad.backward()
             with torch._C.DisableTorchFunctionSubclass(): books.losses[i] = learn.loss.detach()
-            stepper.step(opt.hypers)
+            try:
+                for f in before_step: f()
+                stepper.step(opt.hypers)
+            except CancelStepException: pass
+            for f in after_step: f()
             stepper.zero_grad()
             books.done = i+1
             books.tick()
+        books.tick(last=True)
     finally: books.close(rows, stepper)

@@ -12,7 +12,7 @@ from torch import nn,Tensor
 from fastcore.basics import *
 from .core import *
 
-# %% ../nbs/04_losses.ipynb #9787cabb
+# %% ../nbs/04_losses.ipynb #beb138aa
 class RankingLoss(nn.Module):
     "What the losses share; a subclass defines `row(pos, neg)`, the cost of each row"
     n_neg = 1
@@ -35,7 +35,9 @@ class RankingLoss(nn.Module):
     )->Tensor: # (bs,n) the scores as `row` wants them
         "Correct scores for how the negatives were drawn; most losses need no correction"
         return neg
-    def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in vars(self).items() if isinstance(v, (int,float,str)) and k[0]!='_' and k!='training')
+    @property
+    def config(self): return {k:v for k,v in vars(self).items() if k[0]!='_' and k!='training'}
+    def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in self.config.items() if v is not None)
 
 def _mean_neg(cost, neg):
     "Mean over the negatives that count"

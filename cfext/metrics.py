@@ -7,7 +7,7 @@ __all__ = ['list_measures', 'hit_matrix', 'recall_at_k', 'precision_at_k', 'hit_
            'average_precision_at_k', 'auc_at_k', 'coverage', 'gini', 'novelty', 'popularity_lift', 'diversity',
            'errors_by_group', 'to_cpu_array', 'bootstrap_interval', 'paired_test', 'ListMetric', 'list_metrics']
 
-# %% ../nbs/09_metrics.ipynb #d51d67f8
+# %% ../nbs/09_metrics.ipynb #d0885c72
 import numpy as np,pandas as pd
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from fastai.learner import Metric
 from fastcore.basics import *
 from .core import *
 from .models import *
+from .negatives import *
 
 # %% ../nbs/09_metrics.ipynb #793d7f52
 def hit_matrix(
@@ -202,7 +203,7 @@ def paired_test(
     null = [abs(((rng.integers(0, 2, len(d))*2-1)*d).mean()) for _ in range(n_boot)]
     return dict(**res, p=(1+sum(o>=abs(d.mean())-1e-12 for o in null))/(1+n_boot))
 
-# %% ../nbs/09_metrics.ipynb #f1d31f85
+# %% ../nbs/09_metrics.ipynb #5109d877
 list_measures = {'recall':recall_at_k, 'precision':precision_at_k, 'hit rate':hit_rate_at_k, 'NDCG':ndcg_at_k, 'MRR':mrr, 'MAP':average_precision_at_k}
 
 class _Lists:
@@ -225,10 +226,11 @@ def _hits(self:_Lists, learn, x):
         users = users[torch.randperm(len(users), generator=torch.Generator().manual_seed(self.seed))[:self.n_users].to(users.device)].sort().values
     at = torch.full((ds.n_users,), -1, device=x.device)
     at[users] = torch.arange(len(users), device=x.device)
-    row,seen = at[x[:,0]],at[ds.x[:,0].long()]
+    had = seen_rows(learn.dls, 'train').long()
+    row,seen = at[x[:,0]],at[had[:,0]]
     score = getattr(model, 'score_items', None) or (lambda us: score_by_forward(model, us, ds.n_items))
     recs,tile,order = [],max(1, (1<<24)//ds.n_items),seen.argsort()
-    seen,item = seen[order],ds.x[order,1].long()
+    seen,item = seen[order],had[order,1]
     with torch.no_grad():
         for a in range(0, len(users), tile):
             s = score(users[a:a+tile]).float().clone()

@@ -6,11 +6,12 @@
 __all__ = ['score_by_forward', 'CFModel', 'DotProduct', 'DotProductBias', 'CollabNN', 'EmbeddingNet', 'emb_tables',
            'mean_unknown']
 
-# %% ../nbs/03_models.ipynb #9ad64e0f
+# %% ../nbs/03_models.ipynb #349e6250
 from contextlib import contextmanager
 
 import torch
 from torch import nn,Tensor
+from torch.nn import functional as F
 from fastai.layers import sigmoid_range
 from fastai.collab import EmbeddingDotBias
 from fastai.tabular.model import TabularModel
@@ -18,7 +19,7 @@ from fastcore.basics import *
 from .core import *
 from .embed import *
 
-# %% ../nbs/03_models.ipynb #3f1f15e2
+# %% ../nbs/03_models.ipynb #1f3c2e78
 def score_by_forward(
     model:nn.Module, # takes codes (n,2), gives n scores in any shape
     users:Tensor, # (n,) long codes of users
@@ -48,8 +49,16 @@ class CFModel(nn.Module):
         self.config = dict(n_users=self.n_users, n_items=self.n_items, y_range=y_range, **config)
     def squash(self, res): return res if self.y_range is None else sigmoid_range(res, *self.y_range)
     def score_items(self, users): return score_by_forward(self, users, self.n_items)
+    @classmethod
+    def from_dls(cls, dls, **kwargs): return cls(dls.n_users, dls.n_items, **kwargs)
+    @classmethod
+    def restore(cls, config, state):
+        model = cls(**config)
+        model.load_state_dict(state)
+        return model
+    def without_rows(self): return self
 
-# %% ../nbs/03_models.ipynb #b161ca00
+# %% ../nbs/03_models.ipynb #8e5521ef
 class DotProduct(CFModel):
     "The dot product of a user's and an item's factors"
     def __init__(self,
@@ -63,9 +72,11 @@ class DotProduct(CFModel):
         super().__init__(n_users, n_items, y_range, n_factors=n_factors, init=init, **config)
         self.user_factors = create_params(n_users, n_factors, init=init)
         self.item_factors = create_params(n_items, n_factors, init=init)
+    sparse = False # True: gradients that hold only the rows looked up, for `RowAdam`
+    def look(self, table, ids): return F.embedding(ids, table, sparse=True) if self.sparse and self.training else table[ids]
     def forward(self, x):
         users,items = x[:,0],x[:,1]
-        return self.squash((self.user_factors[users]*self.item_factors[items]).sum(1, keepdim=True))
+        return self.squash((self.look(self.user_factors, users)*self.look(self.item_factors, items)).sum(1, keepdim=True))
 
 @patch
 def score_items(self:DotProduct,
@@ -74,7 +85,7 @@ def score_items(self:DotProduct,
     "Score every item for each of `users`"
     return self.squash(self.user_factors[users] @ self.item_factors.T)
 
-# %% ../nbs/03_models.ipynb #44034ffe
+# %% ../nbs/03_models.ipynb #f4ef8a33
 class DotProductBias(DotProduct):
     "The dot product of factors, plus a bias of the user and one of the item"
     def __init__(self,
@@ -96,8 +107,8 @@ class DotProductBias(DotProduct):
         return torch.logit(torch.tensor((mean-lo)/(hi-lo)))
     def forward(self, x):
         users,items = x[:,0],x[:,1]
-        res = (self.user_factors[users]*self.item_factors[items]).sum(1, keepdim=True)
-        return self.squash(res + self.user_bias[users] + self.item_bias[items] + self.offset)
+        res = (self.look(self.user_factors, users)*self.look(self.item_factors, items)).sum(1, keepdim=True)
+        return self.squash(res + self.look(self.user_bias, users) + self.look(self.item_bias, items) + self.offset)
 
 @patch
 def score_items(self:DotProductBias,
@@ -185,12 +196,17 @@ def emb_tables(
     return {r: [getattr(model, f'{r}_{o}') for o in ('factors','bias') if getattr(model, f'{r}_{o}', None) is not None]
             for r in ('user','item')}
 
-# %% ../nbs/03_models.ipynb #d29ccbac
+# %% ../nbs/03_models.ipynb #130dc52a
 @contextmanager
 def mean_unknown(
     model:nn.Module, # a model with tables that `emb_tables` finds
 ):
     "Run a block with row 0 of each table set to the mean of the others"
+    if hasattr(model, 'mean_row'):
+        model.mean_row(True)
+        try: yield model
+        finally: model.mean_row(False)
+        return
     tables = [t for ts in emb_tables(model).values() for t in ts]
     if not tables: raise ValueError(f"{type(model).__name__} has no tables of users and items that are known here: use unk='na' or 'raise'")
     saved = [t[0].detach().clone() for t in tables]

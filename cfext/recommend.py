@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seen_items', 'seen_pairs', 'top_items', 'Popularity']
 
-# %% ../nbs/10_recommend.ipynb #c2fc624d
+# %% ../nbs/10_recommend.ipynb #85027696
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -18,10 +18,11 @@ from fastcore.all import *
 from .core import *
 from .data import *
 from .models import *
+from .negatives import *
 from .learner import *
 from .metrics import *
 
-# %% ../nbs/10_recommend.ipynb #0735f7d8
+# %% ../nbs/10_recommend.ipynb #23da5bbf
 def seen_items(
     dls:CFDataLoaders, # the loaders whose rows count
     split:str='all', # 'all': training and validation rows; 'train': training rows
@@ -30,9 +31,9 @@ def seen_items(
     check_choice(split, 'split', ('all','train'))
     cache = dls.__dict__.setdefault('_seen', {})
     dss = [dls.train_ds] + ([dls.valid_ds] if split=='all' else [])
-    key = tuple((ds.x.data_ptr(), len(ds), ds.x.device) for ds in dss)
+    key = tuple((x.data_ptr(), len(x), x.device) for x in [*(ds.x for ds in dss), *dls.also_seen] if x is not None)
     if split not in cache or cache[split][0]!=key:
-        x = torch.cat([ds.x for ds in dss]).long()
+        x = seen_rows(dls, split).long()
         order = x[:,0].argsort()
         starts = F.pad(torch.bincount(x[:,0], minlength=dls.n_users).cumsum(0), (1,0))
         cache[split] = (key, (starts, x[order,1]))

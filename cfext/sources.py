@@ -102,7 +102,7 @@ def _read_ml100k(path, split=None):
     its = pd.DataFrame(dict(item=its[0], title=its[1], genres=['|'.join(np.array(_ml100k_genres)[f]) for f in flags]))
     return df.merge(its, on='item', how='left')
 
-# %% ../nbs/01a_sources.ipynb #9d2b19ef
+# %% ../nbs/01a_sources.ipynb #0512fdc1
 def _read_ml1m(path):
     "`ratings.dat` and `movies.dat` of the 1M and 10M sets"
     df = pd.read_csv(path/'ratings.dat', sep=':', header=None, usecols=[0,2,4,6])
@@ -117,9 +117,33 @@ def _read_ml_csv(path):
     if not (path/'movies.csv').exists(): return df
     return df.merge(pd.read_csv(path/'movies.csv').rename(columns=dict(movieId='item')), on='item', how='left')
 
-_layouts = {'u.data':_read_ml100k, 'ratings.dat':_read_ml1m, 'ratings.csv':_read_ml_csv}
+# %% ../nbs/01a_sources.ipynb #de6d039f
+def _read_lists(path):
+    "Columns user and item from lines of `user item item ...`"
+    users,items = [],[]
+    with open(path) as f:
+        for j,line in enumerate(f, 1):
+            try: o = np.array(line.split(), dtype=np.int64)
+            except ValueError as e:
+                raise ValueError(f"{path}, line {j}: expected whole numbers, a user and then items, got {line.strip()[:40]!r}") from e
+            users.append(o[:1].repeat(max(len(o)-1, 0)))
+            items.append(o[1:])
+    df = pd.DataFrame(dict(user=np.concatenate([np.zeros(0, np.int64),*users]), item=np.concatenate([np.zeros(0, np.int64),*items])))
+    if not len(df): raise ValueError(f"{path} holds no interaction: expected lines of a user followed by items")
+    return df
 
-# %% ../nbs/01a_sources.ipynb #0c14dff2
+def _read_lightgcn(path, split=None):
+    "`train.txt` and `test.txt`; with `split='test'`, a column `is_valid` that marks the rows of the second"
+    if split not in (None,'test'): raise ValueError(f"`split`={split!r}: {path} has one split, 'test'")
+    if not (path/'test.txt').exists(): raise ValueError(f"{path} has a train.txt and no test.txt: expected both, lines of a user followed by items")
+    train,test = (_read_lists(path/f'{o}.txt') for o in ('train','test'))
+    if split: train,test = train.assign(is_valid=False),test.assign(is_valid=True)
+    return pd.concat([train,test], ignore_index=True)
+
+_layouts = {'u.data':_read_ml100k, 'ratings.dat':_read_ml1m, 'ratings.csv':_read_ml_csv, 'train.txt':_read_lightgcn}
+_with_split = (_read_ml100k,_read_lightgcn)
+
+# %% ../nbs/01a_sources.ipynb #c123c57e
 def _read_file(path):
     "A table from one file, by its ending; tab, semicolon and bar are recognised in text files"
     name = path.name.removesuffix('.gz')
@@ -133,19 +157,19 @@ def _read_file(path):
     raise ValueError(f"{path} is no file that is read here: .csv, .tsv, .txt (with a header), .parquet, .data; plain or with .gz")
 
 def read_ratings(
-    path:str|Path, # a file, or the folder of a MovieLens set
-    split:str|None=None, # ML-100K only: a published split such as 'u1' or 'ua', marked in a column `is_valid`
-)->pd.DataFrame: # one row a rating; a folder's columns: user, item, rating, timestamp[, title, genres][, is_valid]
-    "Read ratings from a CSV, TSV or Parquet file, or from a MovieLens folder (100k, 1m, 10m, latest, latest-small, 20m, 25m, 32m)"
+    path:str|Path, # a file, or the folder of a MovieLens set or of one in LightGCN's layout
+    split:str|None=None, # a published split, marked in a column `is_valid`: 'u1' or 'ua' for ML-100K, 'test' for LightGCN's layout
+)->pd.DataFrame: # one row a rating; a folder's columns: user, item[, rating, timestamp][, title, genres][, is_valid]
+    "Read ratings from a CSV, TSV or Parquet file, a MovieLens folder (100k, 1m, 10m, latest, latest-small, 20m, 25m, 32m), or train.txt and test.txt"
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f"{path} is neither a file nor a folder")
     if path.is_file():
-        if split: raise ValueError(f"`split`={split!r} goes with the folder of ML-100K; {path.name} is a single file")
+        if split: raise ValueError(f"`split`={split!r} goes with a folder that has published splits; {path.name} is a single file")
         return _read_file(path)
     for f,reader in _layouts.items():
         if not (path/f).exists(): continue
-        if reader is _read_ml100k: return reader(path, split)
-        if split: raise ValueError(f"`split`={split!r} goes with the folder of ML-100K; this one has {f}")
+        if reader in _with_split: return reader(path, split)
+        if split: raise ValueError(f"`split`={split!r} goes with the folder of ML-100K or of LightGCN's layout; this one has {f}")
         return reader(path)
     raise ValueError(f"{path} is no known layout: expected one of {', '.join(_layouts)} in it; it holds "
                      f"{', '.join(sorted(o.name for o in path.iterdir())[:6]) or 'nothing'}. Name a file in it instead")

@@ -28,6 +28,46 @@ def test_reloaded_is_before_saving(model, tmp_path):
     again.save_bundle(tmp_path/'c')
     assert {o.name for o in (tmp_path/'b').iterdir()}=={o.name for o in (tmp_path/'c').iterdir()}, 'saving again writes the same bytes'
 
+solved = dict(EASE=lambda d: EASE(d, 20.), ItemKNN=lambda d: ItemKNN(d, k=5), IALS=lambda d: IALS(d, 4, n_iter=2), Popularity=Popularity,
+              LightGCN=lambda d: LightGCN.from_dls(d, n_factors=4, n_layers=2), CosineProduct=lambda d: CosineProduct.from_dls(d, n_factors=4))
+
+@pytest.mark.parametrize('name', solved)
+def test_models_for_lists(name, tmp_path):
+    dls = CFDataLoaders.from_df(synth_ratings(60, 40, 1000), item_name='title', rating_name=None, seed=3, device='cpu', bs=32)
+    learn = cf_learner(dls, solved[name](dls), loss_func=SampledSoftmaxLoss(0.5), cbs=Negatives(7, seed=1))
+    learn.save_bundle(tmp_path/'b')
+    again = load_bundle(tmp_path/'b', device='cpu')
+    assert type(again.model) is type(learn.model)
+    pd.testing.assert_frame_equal(again.recommend(k=5), learn.recommend(k=5))
+    if name!='Popularity': pd.testing.assert_frame_equal(again.evaluate(k=5), learn.evaluate(k=5))
+    again.save_bundle(tmp_path/'c')
+    assert {o.name for o in (tmp_path/'b').iterdir()}=={o.name for o in (tmp_path/'c').iterdir()}
+    users,bare = torch.arange(9),tmp_path/'bare'
+    if name in ('EASE','ItemKNN'):
+        with pytest.raises(ValueError, match='scores users by their rows'): learn.save_bundle(bare, history=False)
+        assert not bare.exists()
+        return
+    less = load_bundle(learn.save_bundle(bare, history=False), device='cpu')
+    assert not any(k in less.model.state_dict() for k in ('starts','items')) and not len(less.dls.train_ds)
+    with torch.no_grad(): torch.testing.assert_close(less.model.eval().score_items(users), learn.model.eval().score_items(users))
+
+all_losses = [BPRLoss(), HingeLoss(0.5), WARPLoss(2., reduction='sum'), BCELoss(), FullSoftmaxLoss(0.3), SampledSoftmaxLoss(0.2), CCLLoss(0.1, 3.)]
+
+@pytest.mark.parametrize('loss', all_losses, ids=lambda o: type(o).__name__)
+def test_a_ranking_loss_and_its_negatives_come_back(loss, tmp_path):
+    dls = CFDataLoaders.from_df(synth_ratings(60, 40, 1000), item_name='title', seed=3, device='cpu', bs=32).positives(3)
+    learn = cf_learner(dls, CosineProduct, n_factors=4, loss_func=loss, cbs=Negatives(6, 'popularity', alpha=0.5, shared=True, seed=4), seed=0)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.05)
+    learn.save_bundle(tmp_path)
+    again = load_bundle(tmp_path, device='cpu')
+    assert type(again.loss_func) is type(loss) and again.loss_func.config==loss.config
+    cb = again.negatives
+    assert (cb.n_neg, cb.how, cb.seed, cb.kwargs)==(6, 'popularity', 4, dict(alpha=0.5, shared=True))
+    assert again.validate()==learn.validate()
+    pd.testing.assert_frame_equal(again.recommend(k=30), learn.recommend(k=30))
+    for a,b in zip(again.dls.also_seen, dls.also_seen): assert torch.equal(a, b)
+    with again.no_bar(),again.no_logging(): again.fit(1, 0.05)
+
 @pytest.mark.parametrize('f', [lambda s: s, lambda s: s.map('ü{}'.format), lambda s: s.astype('category'), lambda s: s.astype('Int64'),
     lambda s: s.map('u{}'.format).astype('string[pyarrow]'), lambda s: s/2, lambda s: s.map(lambda o: o if o%2 else str(o)).astype(object)])
 def test_ids_of_any_kind(f, tmp_path):

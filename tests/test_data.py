@@ -217,3 +217,21 @@ def test_ml_100k(data_dir):
 def test_ml_latest_small(data_dir):
     df = read_ratings(data_dir('ml-latest-small-2016'))
     assert len(df)==100_004 and df.user.nunique()==671 and df.item.nunique()==9066 and df.title.notna().all()
+
+def test_lightgcn_layout(tmp_path):
+    (tmp_path/'train.txt').write_text('0 5 7 9 7\n1 7\n2\n\n3 5 9 \n4 9\n')
+    (tmp_path/'test.txt').write_text('0 8\n1\n3 7 8 5\n9 5\n')
+    df = read_ratings(tmp_path, split='test')
+    assert df.groupby(['is_valid','user']).item.agg(list).to_dict()=={(False,0):[5,7,9,7], (False,1):[7], (False,3):[5,9], (False,4):[9],
+                                                                     (True,0):[8], (True,3):[7,8,5], (True,9):[5]}
+    assert list(read_ratings(tmp_path))==['user','item'] and len(read_ratings(tmp_path))==len(df) and df.user.dtype==df.item.dtype==np.int64
+    with pytest.warns(UserWarning, match='of 5 validation rows, 1 have a user and 2 an item without a training row'):
+        dls = CFDataLoaders.from_path(tmp_path, split='test', rating_name=None, device='cpu')
+    assert (len(dls.train_ds),len(dls.valid_ds))==(8,5) and dls.classes['item'].ids.tolist()==[5,7,9]
+    with pytest.raises(ValueError, match="has one split, 'test'"): read_ratings(tmp_path, split='u1')
+    (tmp_path/'test.txt').write_text('0 8\n1 2.5\n')
+    with pytest.raises(ValueError, match="test.txt, line 2: expected whole numbers.*'1 2.5'"): read_ratings(tmp_path)
+    (tmp_path/'test.txt').write_text('0\n1\n')
+    with pytest.raises(ValueError, match='holds no interaction'): read_ratings(tmp_path)
+    (tmp_path/'test.txt').unlink()
+    with pytest.raises(ValueError, match='has a train.txt and no test.txt'): read_ratings(tmp_path)

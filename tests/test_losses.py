@@ -183,6 +183,17 @@ def test_every_loss_learns_planted_groups(loss, kw):
     assert p.shape==(len(dls.valid_ds),1)
     torch.testing.assert_close(p, learn.model.eval()(dls.valid_ds.x.long()).detach())
 
+@pytest.mark.parametrize('loss,kw', all_losses, ids=lambda o: type(o).__name__ if not isinstance(o, dict) else o.get('how',''))
+def test_the_lean_loop_gives_the_numbers_of_fastais(loss, kw):
+    def run(fast):
+        learn = cf_learner(dls_of(), CosineProduct if isinstance(loss, CCLLoss) else DotProduct, n_factors=3, loss_func=loss, cbs=Negatives(seed=0, **kw), seed=0, fast=fast)
+        torch.manual_seed(1)
+        with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 0.05)
+        return [p.detach() for p in learn.model.parameters()],learn.recorder.values
+    (a,va),(b,vb) = run(True),run(False)
+    for p,q in zip(a, b): torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(va, vb, rtol=1e-4)
+
 def test_full_softmax_in_the_loop_is_cross_entropy_over_the_catalogue():
     dls = dls_of()
     x = dls.valid_ds.x.long()
@@ -232,6 +243,28 @@ def test_positives(recwarn):
     assert len(few.train_ds)==(dls.train_ds.y>=4.5).sum() and few.n_users==dls.n_users and (few.valid_ds.y==1).all()
     assert (dls.train_ds.y<4.5).any() and few.train.bs==32 and few.train.shuffle and not few.valid.shuffle
     with pytest.raises(ValueError, match='at least 9'): dls.positives(9)
+
+def test_what_was_rated_low_is_seen_unless_asked():
+    dls = dls_of()
+    low = lambda d: d.frame((d.x[d.y[:,0]<4],))
+    pairs = lambda df: set(zip(df.iloc[:,0], df.iloc[:,1]))
+    train,valid = pairs(low(dls.train_ds)),pairs(low(dls.valid_ds))
+    got = {}
+    for low_seen in (True,False):
+        few = dls.positives(4, low_seen=low_seen)
+        learn = cf_learner(few, n_factors=3, loss_func=BPRLoss(), cbs=Negatives(20, seed=0), metrics=list_metrics('recall', k=5), seed=0)
+        with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.05)
+        x = dls.train_ds.x[dls.train_ds.y[:,0]<4].long()
+        drawn = learn.negatives.sampler.draw(x)[0]
+        recs = learn.recommend(k=38)
+        got[low_seen] = (drawn==x[:,1:]).any().item(),bool(pairs(recs[['user','title']])&train),bool(pairs(recs[['user','title']])&valid)
+        top = top_items(learn, torch.arange(1, dls.n_users), 39, seen='train')[0]
+        m = few.classes['title'].decode
+        in_lists = {(u, t) for u,r in zip(few.classes['user'].ids, top) for t in m(r[r>0])}
+        assert bool(in_lists&train)!=low_seen and in_lists&valid, 'held-out rows are not known to whoever makes lists to be judged'
+        assert learn.validate()[1]==pytest.approx(learn.evaluate(k=5)['recall@5'].iloc[0], rel=1e-5)
+    assert got=={True:(False,False,False), False:(True,True,True)}
+    assert len(seen_rows(dls.positives(3).positives(1, low_seen=True)))==len(dls.train_ds)+len(dls.valid_ds)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')

@@ -6,6 +6,7 @@ from fastai.tabular.all import MSELossFlat,Learner
 from cfext import *
 
 n_users,n_items = 7,5
+edges = torch.tensor([[1,1],[1,2],[2,2],[3,4],[4,1],[6,3],[6,3]])
 makers = dict(
     DotProduct      = lambda **kw: DotProduct(n_users, n_items, n_factors=4, **kw),
     DotProduct2018  = lambda **kw: DotProduct(n_users, n_items, n_factors=4, init=(0,.05), **kw),
@@ -13,7 +14,10 @@ makers = dict(
     DotProductMean  = lambda **kw: DotProductBias(n_users, n_items, n_factors=4, mean=3., **kw),
     CollabNN        = lambda **kw: CollabNN((n_users,3), (n_items,4), **{'y_range':None, **kw}),
     CollabNNDeep    = lambda **kw: CollabNN((n_users,3), (n_items,4), layers=[6,5], ps=0.3, embed_p=0.2, use_bn=True, **{'y_range':None, **kw}),
-    EmbeddingNet    = lambda **kw: EmbeddingNet(n_users, n_items, n_factors=4, **kw))
+    EmbeddingNet    = lambda **kw: EmbeddingNet(n_users, n_items, n_factors=4, **kw),
+    CosineProduct   = lambda **kw: CosineProduct(n_users, n_items, n_factors=4, **kw),
+    LightGCN        = lambda **kw: LightGCN(n_users, n_items, n_factors=4, n_layers=2, rows=edges, **kw),
+    LightGCNUnit    = lambda **kw: LightGCN(n_users, n_items, n_factors=4, n_layers=2, unit=True, rows=edges, **kw))
 x = torch.tensor([[1,2],[3,0],[6,4]])
 
 @pytest.fixture(params=makers)
@@ -55,12 +59,23 @@ def test_score_items_is_forward_on_every_item(make):
     close(score_by_forward(m, us, n_items, tile=6), scores, atol=1e-6, rtol=1e-5)
 
 def test_tables_have_a_row_for_each_id(make):
-    m = make()
+    m = make().eval()
     assert len(m.user_factors)==n_users and len(m.item_factors)==n_items
     for t in ('user_bias','item_bias'):
         if hasattr(m, t): assert getattr(m, t).shape==((n_users if t[0]=='u' else n_items),1)
     ts = emb_tables(m)
     assert ts['user'][0] is m.user_factors and ts['item'][0] is m.item_factors
+
+def test_score_pairs_is_forward_on_the_pairs(make):
+    m = loud(make(y_range=(1,5))).eval()
+    if not hasattr(m, 'score_pairs'): return
+    us = torch.tensor([6,1,1])
+    for mode in (True,False):
+        if any(isinstance(o, (nn.Dropout,nn.BatchNorm1d)) for o in m.modules()): break
+        m.train(mode)
+        for items in (torch.tensor([[2,4],[0,1],[3,3]]), torch.tensor([3,1,4,1]), torch.randint(n_items, (3,40))):
+            full = items.expand(3, -1) if items.ndim==1 else items
+            close(m.score_pairs(us, items), torch.stack([m(torch.stack([us, c], 1))[:,0] for c in full.T], 1), atol=1e-6, rtol=1e-5)
 
 def test_every_parameter_gets_a_gradient(make):
     m = loud(make()).train()
@@ -70,8 +85,11 @@ def test_every_parameter_gets_a_gradient(make):
 def test_state_dict_round_trip(make):
     a = loud(make(y_range=(1,5))).eval()
     b = make(y_range=(1,5)).eval()
+    b(x)
     b.load_state_dict(a.state_dict())
     close(a(x), b(x))
+    c = type(a).restore(a.config, a.state_dict()).eval()
+    with torch.no_grad(): close(a.score_items(x[:,0]), c.score_items(x[:,0]))
 
 def test_made_again_from_its_config(make):
     import json
@@ -88,9 +106,10 @@ def test_train_and_eval_differ_only_by_dropout(make):
     close(m(x), m(x))
 
 def test_learns_a_checkerboard(make):
-    "Ratings 5 and 1 alternating over users and items have rank 1 about their mean: every model must learn them"
+    "Ratings 4 and 2 alternating over users and items have rank 1 about their mean: every model must learn them; a cosine, 1 and -1"
     board = torch.cartesian_prod(torch.arange(1, n_users), torch.arange(1, n_items))
-    y = torch.where((board.sum(1)%2)==0, 4., 2.)[:,None]
+    hi,lo = (1.,-1.) if getattr(make(), 'cosines', False) else (4.,2.)
+    y = torch.where((board.sum(1)%2)==0, hi, lo)[:,None]
     for seed in range(3):
         torch.manual_seed(seed)
         m = make().train()
@@ -123,3 +142,31 @@ def test_mean_unknown_restores_after_an_error(make):
     with pytest.raises(ZeroDivisionError):
         with mean_unknown(m): 1/0
     close(m(x), before)
+
+@pytest.mark.parametrize('fast', [True,False])
+def test_kept_factors_follow_training(fast):
+    "The fused optimizer does not count its steps: what is kept must not outlive a fit, with and without validation rows"
+    for valid_pct in (0.2,0):
+        dls = CFDataLoaders.from_df(synth_ratings(60, 40, 1000), item_name='title', rating_name=None, valid_pct=valid_pct, seed=3, device='cpu', bs=64)
+        learn = cf_learner(dls, LightGCN, n_factors=4, loss_func=BPRLoss(), seed=0, fast=fast)
+        for _ in range(2):
+            before = learn.recommend(k=3).score.sum()
+            with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.05)
+            fresh = LightGCN.restore(learn.model.config, learn.model.state_dict()).eval()
+            with torch.no_grad(): close(learn.model.user_factors, fresh.user_factors)
+            scores = learn.recommend(k=3)
+            assert scores.score.sum()!=before
+            x = dls.encode_ids(scores.user, 'user'),dls.encode_ids(scores.title, 'item')
+            with torch.no_grad(): close(torch.tensor(scores.score.to_numpy()), fresh(torch.stack(x, 1))[:,0], atol=1e-5, rtol=1e-4)
+            import copy
+            assert copy.deepcopy(learn.model).n_users==learn.model.n_users
+
+def test_two_micro_batches_without_a_step():
+    m = loud(LightGCN(n_users, n_items, n_factors=4, rows=edges)).train()
+    us,its = x[:,0],torch.tensor([[1,2],[3,4],[0,1]])
+    for _ in range(2): (m(x).sum()+m.score_pairs(us, its).sum()+m.score_items(us).sum()).backward()
+    two = m.user_base.grad.clone()
+    m.user_base.grad = None
+    fresh = LightGCN.restore(m.config, m.state_dict()).train()
+    (fresh(x).sum()+CFModel.score_pairs(fresh, us, its).sum()+fresh.score_items(us).sum()).backward()
+    close(two, 2*fresh.user_base.grad, atol=1e-5, rtol=1e-4)

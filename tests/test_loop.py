@@ -1,0 +1,256 @@
+"The lean and the captured loop against fastai's: every loss, every learning rate, every parameter"
+from functools import partial
+
+import pytest,torch
+from torch import nn
+from fastai.callback.all import *
+from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import *
+from fastai.losses import *
+from fastai.metrics import mae
+from fastai.optimizer import *
+from cfext import *
+from cfext.capture import StepGraph
+
+del test_overflow # fastai's own, which pytest would take for a test
+
+pytestmark = pytest.mark.usefixtures('quiet')
+cuda = pytest.param('cuda', marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')])
+paths = ['lean','steps',cuda]
+df = synth_ratings(n_users=150, n_items=90, n_ratings=6000)
+
+class Path(CFLearner):
+    "A learner that takes the path it is told"
+    path_ = 'lean'
+    def _fast_epoch(self):
+        if self.path_=='lean': return lean_epoch(self)
+        assert capture_hurdle(self) is None
+        return captured_epoch(self, record=self.path_=='cuda')
+
+def split(model): return [[model.user_factors,model.user_bias],[model.item_factors,model.item_bias]]
+
+def make(path, opt_func=Adam, bs=64, cls=DotProductBias, drop_last=False, weights=False, cbs=None, unk_p=0., loss_func=None, **kwargs):
+    dev = 'cuda' if path=='cuda' else 'cpu'
+    frame = df.assign(w=(df.index%7+1.)) if weights else df
+    dls = CFDataLoaders.from_df(frame, item_name='title', seed=42, bs=bs, device=dev, **({'weight_name':'w'} if weights else {}))
+    dls.train.drop_last = drop_last
+    torch.manual_seed(0)
+    learn = cf_learner(dls, cls, n_factors=5, y_range=(0.5,5.5), opt_func=opt_func, seed=1, unk_p=unk_p, loss_func=loss_func, cbs=cbs and cbs(), **kwargs)
+    if path=='fastai': learn.fast = False
+    else: learn.__class__,learn.path_ = Path,path
+    return learn
+
+def fit(path, how=lambda l: l.fit_one_cycle(2, 0.02, wd=0.1), **kwargs):
+    learn = make(path, **kwargs)
+    torch.manual_seed(3)
+    with learn.no_bar(),learn.no_logging(): how(learn)
+    return learn
+
+def same(how=lambda l: l.fit_one_cycle(2, 0.02, wd=0.1), path='lean', rtol=1e-5, atol=None, **kwargs):
+    "Fit on both paths and compare what is left"
+    dev = 'cuda' if path=='cuda' else 'cpu'
+    ref = fit('fastai' if dev=='cpu' else 'lean', how, **kwargs) if dev=='cpu' else _cuda_ref(how, **kwargs)
+    new = fit(path, how, **kwargs)
+    a,b = (torch.stack([o.as_subclass(torch.Tensor) for o in l.recorder.losses]).cpu() for l in (ref,new))
+    assert a.shape==b.shape and len(a)
+    torch.testing.assert_close(a[:200], b[:200], rtol=rtol, atol=1e-7)
+    assert ref.recorder.lrs==pytest.approx(new.recorder.lrs, rel=1e-12)
+    assert getattr(ref, 'train_iter', None)==getattr(new, 'train_iter', None)
+    assert {k:[float(o) for o in v] for k,v in ref.recorder.hps.items()}=={k:[float(o) for o in v] for k,v in new.recorder.hps.items()} if hasattr(ref.recorder, 'hps') else True
+    va,vb = ref.recorder.values[-1],new.recorder.values[-1]
+    assert list(va)==pytest.approx(list(vb), rel=2e-3)
+    for p,q in zip(ref.model.parameters(), new.model.parameters()): torch.testing.assert_close(p.cpu(), q.cpu(), rtol=1e-3, atol=atol or max(1e-5, 10*rtol))
+    return ref,new
+
+def _cuda_ref(how, **kwargs):
+    "fastai's loop on the GPU"
+    learn = make('cuda', **kwargs)
+    learn.__class__,learn.fast = CFLearner,False
+    torch.manual_seed(3)
+    with learn.no_bar(),learn.no_logging(): how(learn)
+    return learn
+
+opts = dict(adam=Adam, adam_l2=partial(Adam, decouple_wd=False), sgd=SGD, momentum=partial(SGD, mom=0.9), rms=RMSProp, rms_mom=partial(RMSProp, mom=0.9, decouple_wd=False))
+scheds = dict(fit=lambda l: l.fit(2, 0.01, wd=0.1), one_cycle=lambda l: l.fit_one_cycle(2, 0.02, wd=0.1), flat_cos=lambda l: l.fit_flat_cos(2, 0.01),
+              sgdr=lambda l: l.fit_sgdr(2, 1, lr_max=0.01, cycle_mult=2))
+
+@pytest.mark.parametrize('path', paths)
+@pytest.mark.parametrize('opt', opts)
+def test_optimizers(opt, path): same(path=path, opt_func=opts[opt])
+
+@pytest.mark.parametrize('path', paths)
+@pytest.mark.parametrize('sched', scheds)
+def test_schedules(sched, path): same(scheds[sched], path)
+
+@pytest.mark.parametrize('path', paths)
+@pytest.mark.parametrize('bs,drop_last', [(64,False),(64,True),(37,False),(4799,False),(4801,False),(10_000,False)])
+def test_last_batch(path, bs, drop_last): same(path=path, bs=bs, drop_last=drop_last)
+
+@pytest.mark.parametrize('path', paths)
+def test_discriminative_lrs(path): same(lambda l: l.fit_one_cycle(2, slice(1e-3, 1e-2)), path, splitter=split)
+
+@pytest.mark.parametrize('path', paths)
+def test_wd_per_group(path):
+    def how(l):
+        l.create_opt()
+        l.opt.set_hyper('wd', [0.,0.3])
+        l.fit_one_cycle(2, 0.02)
+    same(how, path, splitter=split)
+
+@pytest.mark.parametrize('path', paths)
+def test_frozen_group(path):
+    def how(l):
+        l.create_opt()
+        l.opt.freeze_to(-1)
+        l.fit_one_cycle(1, 0.02)
+        l.opt.unfreeze() # `learn.unfreeze` would forget the averages too
+        l.fit_one_cycle(2, slice(1e-3, 1e-2))
+    ref,new = same(how, path, splitter=split)
+    count = lambda l: [l.opt.state[p]['step'] for ps in l.opt.param_lists for p in ps]
+    assert count(ref)==count(new) and len(set(count(ref)))==2
+
+@pytest.mark.parametrize('path', paths)
+def test_gradient_clip(path):
+    plain = fit('lean')
+    _,new = same(path=path, cbs=lambda: GradientClip(0.05))
+    assert not torch.allclose(plain.model.item_bias.cpu(), new.model.item_bias.cpu())
+
+@pytest.mark.parametrize('path', paths)
+def test_row_weights(path): same(path=path, weights=True)
+
+@pytest.mark.parametrize('path', paths)
+def test_id_dropout(path): same(path=path, unk_p=0.05)
+
+@pytest.mark.parametrize('path', paths)
+@pytest.mark.parametrize('model', [DotProduct,CollabNN])
+def test_models(path, model):
+    "A network with batch normalisation amplifies rounding: weights whose gradient is near zero move by its sign, so only the losses are compared, to 1e-4"
+    if model is DotProduct: same(path=path, cls=model)
+    else: same(lambda l: l.fit_one_cycle(2, 1e-3), path, rtol=1e-4, atol=1e-2, cls='nn')
+
+@pytest.mark.parametrize('path', paths)
+def test_two_fits(path): same(lambda l: (l.fit_one_cycle(1, 0.02), l.fit_flat_cos(2, 0.01)), path)
+
+@pytest.mark.parametrize('path', paths)
+def test_fit_after_load(path, tmp_path):
+    def how(l):
+        l.path = tmp_path
+        l.fit_one_cycle(1, 0.02)
+        l.save('a')
+        l.fit(1, 0.01)
+        l.load('a')
+        l.fit_one_cycle(1, 0.01)
+    same(how, path)
+
+def test_bf16_where_there_is_no_gpu():
+    same(path='steps', cbs=lambda: MixedPrecision('bf16'))
+    same(path='lean', cbs=lambda: MixedPrecision('bf16'))
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_bf16(): same(path='cuda', cbs=lambda: MixedPrecision('bf16'), rtol=2e-2)
+
+@pytest.mark.parametrize('path', ['lean','steps'])
+def test_an_optimizer_unknown_here(path):
+    learn = make('lean', opt_func=RAdam)
+    learn.dl = learn.dls.train
+    learn.create_opt()
+    assert 'radam_step' in capture_hurdle(learn)
+    same(path='lean', opt_func=RAdam)
+
+@pytest.mark.parametrize('path', ['lean','steps'])
+def test_epoch_callbacks(path, tmp_path):
+    "What acts on epochs sees what it sees in fastai's loop"
+    def cbs(): return [CSVLogger(tmp_path/'h.csv'), SaveModelCallback(monitor='mae', fname='best'), EarlyStoppingCallback(patience=1, min_delta=1.), ReduceLROnPlateau(patience=1, min_delta=9.)]
+    seen = {}
+    for p in ('fastai',path):
+        l = fit(p, lambda l: (setattr(l, "path", tmp_path), l.fit(4, 0.02)), cbs=cbs, metrics=mae)
+        seen[p] = (len(l.recorder.values), [round(float(v), 4) for v in l.recorder.values[-1]], l.opt.hypers[-1]['lr'], (tmp_path/'h.csv').read_text().splitlines()[0])
+    assert seen['fastai'][:1]==seen[path][:1] and seen['fastai'][2:]==seen[path][2:]
+    assert seen['fastai'][1]==pytest.approx(seen[path][1], rel=2e-3)
+    l.recorder.plot_loss(show_epochs=True)
+
+class Bad(nn.Module):
+    "A loss that turns into NaN at its eleventh batch"
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+    def forward(self, pred, y):
+        self.n += 1
+        return ((pred-y)**2).mean()*(float('nan') if self.n>10 else 1.)
+
+@pytest.mark.parametrize('path', ['fastai','lean','steps'])
+def test_nan(path):
+    learn = fit(path, loss_func=Bad(), cbs=lambda: TerminateOnNaNCallback())
+    assert len(learn.recorder.losses)==10 and not any(o.isnan() for o in learn.recorder.losses)
+    assert len(learn.recorder.lrs)==10
+
+class Stop(Exception): pass
+
+@pytest.mark.parametrize('err', [KeyboardInterrupt, CancelFitException, CancelTrainException, Stop])
+@pytest.mark.parametrize('path', ['lean','steps'])
+def test_interrupted(path, err):
+    "An interrupted fit leaves the learner as fastai leaves it, and it can go on"
+    class Trip(nn.Module):
+        n = 0
+        def forward(self, pred, y):
+            self.n += 1
+            if self.n==8: raise err()
+            return ((pred-y)**2).mean()
+    got = {}
+    for p in ('fastai',path):
+        learn = make(p, loss_func=Trip())
+        torch.manual_seed(3)
+        with learn.no_bar(),learn.no_logging():
+            try: learn.fit(1, 0.01)
+            except (KeyboardInterrupt, Stop): pass
+            got[p] = len(learn.recorder.losses),len(learn.recorder.lrs),learn.opt.state[learn.model.item_bias]['step'],learn.model.item_bias.detach().clone()
+            learn.loss_func = MSELossFlat()
+            learn.fit(1, 0.01)
+    assert got['fastai'][0]==got[path][0]==7 and got['fastai'][2]==got[path][2]
+    torch.testing.assert_close(got['fastai'][3], got[path][3])
+
+def test_a_callback_that_needs_each_batch(capsys):
+    class Each(Callback):
+        def after_batch(self): pass
+    learn = make('lean', cbs=lambda: Each())
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.01)
+    out = capsys.readouterr().out
+    assert out.count("fastai's loop runs")==1 and 'each (after_batch)' in out
+    learn.fast = True
+    with learn.no_bar(),learn.no_logging(),pytest.raises(ValueError, match='each \\(after_batch\\)'): learn.fit(1, 0.01)
+
+def test_out_of_memory():
+    class Big(nn.Module):
+        full = True
+        def forward(self, pred, y):
+            if self.full: raise torch.OutOfMemoryError('CUDA out of memory')
+            return ((pred-y)**2).mean()
+    learn = make('lean', loss_func=Big())
+    with learn.no_bar(),learn.no_logging():
+        with pytest.raises(torch.OutOfMemoryError, match='MiB.*smaller `bs`'): learn.fit(1, 0.01)
+        learn.loss_func.full = False
+        learn.fit(1, 0.01)
+
+def test_losses_of_another_shape():
+    "A loss per row is an error on each path, and says so"
+    for path in ('fastai','lean','steps'):
+        with pytest.raises(RuntimeError, match='scalar|one element|shape'): fit(path, loss_func=lambda p,y: (p-y)**2)
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+class TestGpu:
+    def test_is_recorded(self):
+        learn = make('cuda')
+        seen = []
+        class Look(Callback):
+            def after_train(self): seen.append(self.learn._step_graph.graph is not None)
+        with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.01, cbs=Look())
+        assert seen==[True,True] and not hasattr(learn, '_step_graph')
+    def test_falls_back(self, capsys):
+        class Looks(DotProductBias):
+            def forward(self, x): return super().forward(x)*(1. if x.sum().item()>=0 else 2.)
+        learn = make('cuda', cls=Looks)
+        learn.__class__ = CFLearner
+        with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.01)
+        assert capsys.readouterr().out.count('could not be captured')==1 and len(learn.recorder.losses)==2*len(learn.dls.train)
