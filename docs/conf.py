@@ -14,6 +14,7 @@ myst_heading_anchors = 4
 myst_dmath_double_inline = True
 html_theme,html_title = 'furo',f'cfext {release}'
 html_static_path = [str(here/'static')]
+html_favicon = str(here/'static'/'icon.svg')
 html_css_files,html_js_files = ['site.css'],['site.js']
 html_copy_source = html_show_sourcelink = html_show_sphinx = html_show_copyright = False
 html_theme_options = dict(top_of_page_buttons=[], light_css_variables={'color-brand-primary':'#0b5cad','color-brand-content':'#0b5cad'},

@@ -40,19 +40,20 @@ class Linker:
         from nbdev.doclinks import NbdevLookup
         self.other = NbdevLookup(strip_libs='fastai fastcore', incl_libs='fastai fastcore').syms
     def name(self, m):
-        s = m[1].removesuffix('()').removeprefix('cfext.').removeprefix('learn.') if m[1].startswith('learn.') else m[1].removesuffix('()').removeprefix('cfext.')
-        for o in (s, f'CFLearner.{s}') if m[1].startswith('learn.') else (s,):
-            if o in self.own: return '{py:obj}`' + f'{m[1]} <cfext.{o}>`'
+        "A link for a name in backticks, which may be a call: `f`, `C.m`, `learn.m(x)`, `C(x).m`"
+        s,shown = m[1].removeprefix('cfext.'),m[1]+(m[2] or '')
+        for o in (s, f"CFLearner.{s.removeprefix('learn.')}") if s.startswith('learn.') else (s,):
+            if o in self.own and not re.search('[<>`]', shown): return '{py:obj}`' + f'{shown} <cfext.{o}>`'
         url = self.other.get(s)
         url = url[0] if isinstance(url, tuple) else url
-        clear = s[:1].isupper() or '_' in s or s in ('patch','delegates')
-        return f'[`{m[1]}`]({url})' if url and url.startswith('https://') and clear else m[0]
+        clear = s[:1].isupper() or '_' in s
+        return f'[`{shown}`]({url})' if url and url.startswith('https://') and clear else m[0]
     def __call__(self, md):
         "Link the names in Markdown, outside fences, links and headings"
         res,fence = [],None
         for l in md.split('\n'):
             if m := re.match(r'\s*(`{3,}|~{3,})', l): fence = None if fence and l.strip().startswith(fence) else fence or m[1]
-            elif not fence and not l.startswith(('    ','#')): l = re.sub(r'(?<![\[`}])`([\w.]+(?:\(\))?)`(?!\]\(|`)', self.name, l)
+            elif not fence and not l.startswith(('    ','#')): l = re.sub(r'(?<![\[`}])`([\w.]+)(\([^`]*\))?`(?!\]\(|`)', self.name, l)
             res.append(l)
         return '\n'.join(res)
 

@@ -163,9 +163,13 @@ def served(bundle):
         server.should_exit = True
         t.join(10)
 
-def test_the_whole_path_in_a_browser(bundle):
-    with running(bundle[0]) as url, open_browser() as new:
-        w = new(url)
+@pytest.fixture(scope='module')
+def browser():
+    with open_browser() as new: yield new
+
+def test_the_whole_path_in_a_browser(browser, bundle):
+    with running(bundle[0]) as url:
+        w = browser(url)
         page = w.page
         page.goto(url)
         page.keyboard.press('Tab')
@@ -194,73 +198,67 @@ def test_the_whole_path_in_a_browser(bundle):
         page.goto(url+'/user?id=nobody')
         assert 'nobody' in page.locator('main').inner_text()
 
-def test_a_new_user_by_keyboard(served):
-    url = served
-    with open_browser() as new:
-        w = new(url)
-        page = w.page
-        page.goto(url+'/new')
-        for text in ('the ','long'):
-            page.fill('#rate', text)
-            page.wait_for_selector('#rate-list li')
-            page.keyboard.press('ArrowDown')
-            page.keyboard.press('Enter')
-            assert page.evaluate('document.activeElement.id')=='stars'
-            page.keyboard.press('Tab')
-            before = page.url
-            page.keyboard.press('Enter')
-            page.wait_for_function('u => location.href!==u', arg=before)
-            page.wait_for_selector('.recs li')
-        assert page.locator('td a', has_text='take back').count()==2
-        first = page.locator('.recs li').first.inner_text()
-        page.locator('td a', has_text='take back').first.click()
-        page.wait_for_function("document.querySelectorAll('td a[aria-label^=\"take back\"]').length===1")
-        assert page.locator('.recs li').first.inner_text()!=first
-        w.clean()
+def test_a_new_user_by_keyboard(browser, served):
+    w = browser(served)
+    page = w.page
+    page.goto(served+'/new')
+    for text in ('the ','long'):
+        page.fill('#rate', text)
+        page.wait_for_selector('#rate-list li')
+        page.keyboard.press('ArrowDown')
+        page.keyboard.press('Enter')
+        assert page.evaluate('document.activeElement.id')=='stars'
+        page.keyboard.press('Tab')
+        before = page.url
+        page.keyboard.press('Enter')
+        page.wait_for_function('u => location.href!==u', arg=before)
+        page.wait_for_selector('.recs li')
+    assert page.locator('td a', has_text='take back').count()==2
+    first = page.locator('.recs li').first.inner_text()
+    page.locator('td a', has_text='take back').first.click()
+    page.wait_for_function("document.querySelectorAll('td a[aria-label^=\"take back\"]').length===1")
+    assert page.locator('.recs li').first.inner_text()!=first
+    w.clean()
 
-def test_the_map(served):
-    url = served
-    with open_browser() as new:
-        w = new(url)
-        page = w.page
-        page.goto(url+'/map')
-        page.frame_locator('iframe.map').locator('#legend button').first.wait_for()
-        f = next(o for o in page.frames if o.url.endswith('/map/canvas'))
-        at = f.evaluate('[sx(12), sy(12)]')
-        box = page.locator('iframe.map').bounding_box()
-        page.mouse.move(box['x']+1+at[0], box['y']+1+at[1])
-        assert f.locator('#tip').is_visible() and 'ratings' in f.locator('#tip').inner_text()
-        state = f.evaluate('[k,ox,oy]')
-        page.mouse.wheel(0, -400)
-        page.wait_for_timeout(200)
-        assert f.evaluate('k')>state[0]
-        f.locator('#map').focus()
-        page.keyboard.press('ArrowRight')
-        page.keyboard.press('0')
-        page.wait_for_timeout(100)
-        np.testing.assert_allclose(f.evaluate('[k,ox,oy]'), state)
-        page.mouse.down()
-        page.mouse.move(box['x']+at[0]+80, box['y']+at[1]+30, steps=4)
-        page.mouse.up()
-        assert abs(f.evaluate('ox')-state[1])>40 and page.url.endswith('/map')
-        f.locator('#legend button').first.click()
-        assert f.evaluate('on[0]') is False
-        f.locator('#legend button').first.click()
-        f.locator('#find').fill('script')
-        f.locator('#find').press('Enter')
-        page.wait_for_url('**/item?id=1')
-        w.clean()
+def test_the_map(browser, served):
+    w = browser(served)
+    page = w.page
+    page.goto(served+'/map')
+    page.frame_locator('iframe.map').locator('#legend button').first.wait_for()
+    f = next(o for o in page.frames if o.url.endswith('/map/canvas'))
+    at = f.evaluate('[sx(12), sy(12)]')
+    box = page.locator('iframe.map').bounding_box()
+    page.mouse.move(box['x']+1+at[0], box['y']+1+at[1])
+    assert f.locator('#tip').is_visible() and 'ratings' in f.locator('#tip').inner_text()
+    state = f.evaluate('[k,ox,oy]')
+    page.mouse.wheel(0, -400)
+    page.wait_for_timeout(200)
+    assert f.evaluate('k')>state[0]
+    f.locator('#map').focus()
+    page.keyboard.press('ArrowRight')
+    page.keyboard.press('0')
+    page.wait_for_timeout(100)
+    np.testing.assert_allclose(f.evaluate('[k,ox,oy]'), state)
+    page.mouse.down()
+    page.mouse.move(box['x']+at[0]+80, box['y']+at[1]+30, steps=4)
+    page.mouse.up()
+    assert abs(f.evaluate('ox')-state[1])>40 and page.url.endswith('/map')
+    f.locator('#legend button').first.click()
+    assert f.evaluate('on[0]') is False
+    f.locator('#legend button').first.click()
+    f.locator('#find').fill('script')
+    f.locator('#find').press('Enter')
+    page.wait_for_url('**/item?id=1')
+    w.clean()
 
 @pytest.mark.parametrize('dark', [False,True])
-def test_everybody_can_use_it(served, dark):
-    url = served
-    with open_browser() as new:
-        wide,narrow = new(url, dark=dark),new(url, dark=dark, width=390, height=780)
-        for u in ('/','/user?id=7','/item?id=3','/map','/biases','/metrics','/new?r=0:5&r=2:1','/search?q=l'):
-            wide.page.goto(url+u)
-            wide.page.wait_for_load_state('networkidle')
-            assert not (f := faults(wide.page)), f'{u}: {f}'
-            narrow.page.goto(url+u)
-            assert narrow.page.evaluate('document.scrollingElement.scrollWidth<=innerWidth'), f'{u} is wider than a phone'
-        wide.clean()
-        narrow.clean()
+def test_everybody_can_use_it(browser, served, dark):
+    wide,narrow = browser(served, dark=dark),browser(served, dark=dark, width=390, height=780)
+    for u in ('/','/user?id=7','/map/canvas','/new?r=0:5&r=2:1') if dark else ('/','/user?id=7','/item?id=3','/map','/map/canvas','/biases','/metrics','/new?r=0:5&r=2:1','/search?q=l'):
+        wide.page.goto(served+u)
+        wide.page.wait_for_load_state('networkidle')
+        assert not (f := faults(wide.page)), f'{u}: {f}'
+        narrow.page.goto(served+u)
+        assert narrow.page.evaluate('document.scrollingElement.scrollWidth<=innerWidth'), f'{u} is wider than a phone'
+    wide.clean()
+    narrow.clean()

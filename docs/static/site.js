@@ -4,3 +4,8 @@ if (location.protocol === 'file:') DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = f
 addEventListener('DOMContentLoaded', () => {
   for (const o of document.querySelectorAll('pre, .table-wrapper, .math-block')) if (o.scrollWidth > o.clientWidth) o.tabIndex = 0;
 });
+// What the theme leaves unsaid to screen readers.
+addEventListener('DOMContentLoaded', () => {
+  for (const o of document.querySelectorAll('.caption[role=heading]')) o.ariaLevel = '2';
+  for (const [c, n] of [['.sidebar-drawer', 'pages'], ['.toc-drawer', 'on this page']]) document.querySelector('aside' + c)?.setAttribute('aria-label', n);
+});
