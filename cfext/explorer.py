@@ -186,7 +186,7 @@ def scale(self:Explorer)->list: # the ratings to choose from, highest first
     vals = y.unique().cpu().numpy() if len(y) else np.array(self.learn.model.y_range or [1.])
     return sorted(map(float, vals if len(vals)<=12 else np.linspace(vals.min(), vals.max(), 11).round(2)), reverse=True)
 
-# %% ../nbs/14d_explorer.ipynb #c9914570
+# %% ../nbs/14d_explorer.ipynb #8bc02a6d
 @patch
 def item(self:Explorer,
     i:int, # row of the item, from 0
@@ -194,7 +194,7 @@ def item(self:Explorer,
 )->dict: # title, facts {name: value}, similar [(row, title, cosine)]
     "Gather what is known of an item, and the items nearest to it"
     v,row = self.view,self.facts.iloc[i]
-    facts = {self.item_name:self.items[i], 'ratings':int(self.counts['item'][i])}
+    facts = {self.item_name:plain(self.items[i]), 'ratings':int(self.counts['item'][i])}
     if v is not None:
         if v.mean is not None and np.isfinite(v.mean[i]): facts['mean rating'] = round(float(v.mean[i]), 3)
         if v.bias is not None: facts['bias'] = round(float(v.bias[i]), 3)

@@ -7,5 +7,6 @@ addEventListener('DOMContentLoaded', () => {
 // What the theme leaves unsaid to screen readers.
 addEventListener('DOMContentLoaded', () => {
   for (const o of document.querySelectorAll('.caption[role=heading]')) o.ariaLevel = '2';
+  for (const o of document.querySelectorAll('dt.sig dl')) o.setAttribute('role', 'presentation');
   for (const [c, n] of [['.sidebar-drawer', 'pages'], ['.toc-drawer', 'on this page']]) document.querySelector('aside' + c)?.setAttribute('aria-label', n);
 });
