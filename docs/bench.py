@@ -76,7 +76,9 @@ def page(f, script):
     "Title, first words of the script, and the page of a record"
     d,src = json.loads(f.read_text(encoding='utf-8')),script.read_text(encoding='utf-8') if script.exists() else ''
     doc = (ast.get_docstring(ast.parse(src)) or '') if src else ''
-    title,what = f.stem.replace('_', ' ').replace('ml100k', 'ML-100K').capitalize().replace('Ml-', 'ML-'),doc.split('\n\n')[0].replace('\n', ' ')
+    what = doc.split('\n\n')[0].replace('\n', ' ')
+    head = re.split(r'[:.?]( |$)', what)[0].replace('`', '')
+    title = head if 0<len(head)<=70 else f.stem.replace('_', ' ').capitalize()
     meta = {'date':find(d, 'date'), 'machine':machine(find(d, 'machine')), 'versions':versions(d), 'command':find(d, 'command')}
     rows = ''.join(f'<tr><th scope="row">{k}</th><td>{html.escape(str(v))}</td></tr>' for k,v in meta.items() if v)
     body = '\n'.join(tables(d))
@@ -93,7 +95,7 @@ def write_benchmarks(src, out):
         title,what,meta,md = page(f, f.with_suffix('.py'))
         (out/f'{f.stem}.md').write_text(md, encoding='utf-8')
         done[f.stem] = (title,what,meta)
-    rows = [f"| [{t}]({n}.md) | {w.replace('|', chr(92)+'|').replace('$', chr(92)+'$')} | {m['date'] or ''} |" for n,(t,w,m) in done.items()]
+    rows = [f"| [{t}]({n}.md) | {w.replace('|', chr(92)+'|').replace('$', chr(92)+'$')} | {(m['date'] or '').replace('-', chr(0x2011))} |" for n,(t,w,m) in done.items()]
     text = ['# Benchmarks', '> Every figure with its date, its machine, its command and its script', '',
             'Each page is made from the record that a script in `benchmarks/` wrote, and shows all that is in it. Figures of quality are of held-out rows, '
             'choices were made on validation rows; times are of the machine that is named, side by side in one run.', '',

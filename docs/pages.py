@@ -77,8 +77,10 @@ def sym_md(s, link, fence=6, shown=()):
     if s.kind=='property' and s.returns: opts += f':type: {s.returns}\n'
     out += [f'{ticks}{{py:{s.kind}}} {sig}', opts, link(esc(s.doc)), '']
     if any(p.doc for p in s.params):
-        out += ['| argument | type | default | meaning |', '|---|---|---|---|']
-        for p in s.params: out.append(f'| {code(p.name)} | {code(p.anno)} | {code(p.default)} | {_cell_text(p.doc, link)} |')
+        cols = [c for c in ('anno','default') if any(getattr(p, c) for p in s.params)]
+        heads = ['argument', *[dict(anno='type', default='default')[c] for c in cols], 'meaning']
+        out += ['| '+' | '.join(heads)+' |', '|---'*len(heads)+'|']
+        for p in s.params: out.append('| '+' | '.join([code(p.name), *[code(getattr(p, c)) for c in cols], _cell_text(p.doc, link)])+' |')
         out.append('')
     if s.more: out += [f'Further keyword arguments go to {link(f"`{s.more}`")}.', '']
     if s.ret and (s.ret.doc or s.ret.anno) and s.ret.anno!='None': out += [f'**Returns** {code(s.ret.anno)} {link(esc(s.ret.doc))}', '']
