@@ -5,8 +5,9 @@ rows' are ranked. For each seed a fifth of the training rows is put aside, every
 setting of its grid, the best on those rows is fitted anew to all training rows, and only that meets the test rows.
 NDCG is a mean over users, and rows are not: `a` weighs each row by its user's number of rows to the power of -a.
 
-    python benchmarks/ranking_ml100k.py            # five seeds, two at a time
-    python benchmarks/ranking_ml100k.py --quick    # one
+    python benchmarks/ranking_ml100k.py             # five seeds
+    python benchmarks/ranking_ml100k.py --jobs 4    # four at a time
+    python benchmarks/ranking_ml100k.py --quick     # one seed
 """
 import sys,warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -93,7 +94,8 @@ def one_seed(df, seed):
 
 if __name__=='__main__':
     df = read_ratings(data_dir('ml-100k'))[['user','item','rating']]
-    with ProcessPoolExecutor(2) as ex: runs = list(ex.map(partial(one_seed, df), seeds))
+    jobs = int(sys.argv[sys.argv.index('--jobs')+1]) if '--jobs' in sys.argv else 1
+    with ProcessPoolExecutor(jobs) as ex: runs = list(ex.map(partial(one_seed, df), seeds))
     out = {n: dict(ndcg=mean_sd(np.nanmean(r[n]['values'][0]) for r in runs), recall=mean_sd(np.nanmean(r[n]['values'][1]) for r in runs),
                    settings=[r[n]['setting'] for r in runs], tried=[r[n]['tried'] for r in runs]) for n in runs[0]}
     pairs = {f'{a} - {b}': [paired_test(r[a]['values'][0], r[b]['values'][0]) for r in runs]

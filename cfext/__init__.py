@@ -22,6 +22,7 @@ from .preds import *
 from .metrics import *
 from .recommend import *
 from .newcomers import *
+from .sides import *
 from .maps import *
 from .interpret import *
 from .blend import *

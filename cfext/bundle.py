@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bundle_format', 'BundleError', 'load_bundle']
 
-# %% ../nbs/14_bundle.ipynb #fb40a57d
+# %% ../nbs/14_bundle.ipynb #be12451a
 import hashlib,json
 
 import numpy as np,pandas as pd
@@ -23,6 +23,7 @@ from .closed import *
 from .graph import *
 from .learner import *
 from .recommend import *
+from .sides import *
 
 # %% ../nbs/14_bundle.ipynb #4ed6ab7c
 class BundleError(ValueError):
@@ -44,8 +45,8 @@ def _ids_from_json(d):
     dtypes = dict(int=np.int64, float=np.float64, bool=bool, object=object)
     return pd.Index(d['ids'], dtype=dtypes.get(d['kind']))
 
-# %% ../nbs/14_bundle.ipynb #49451cdc
-_models = {c.__name__:c for c in (DotProduct, DotProductBias, CosineProduct, CollabNN, EmbeddingNet, LightGCN, EASE, ItemKNN, IALS, Popularity)}
+# %% ../nbs/14_bundle.ipynb #55535895
+_models = {c.__name__:c for c in (DotProduct, DotProductBias, CosineProduct, CollabNN, EmbeddingNet, LightGCN, SideProduct, EASE, ItemKNN, IALS, Popularity)}
 _losses = dict(MSELoss=MSELossFlat, L1Loss=L1LossFlat, BCEWithLogitsLoss=BCEWithLogitsLossFlat,
     **{c.__name__:c for c in (BPRLoss, HingeLoss, WARPLoss, BCELoss, FullSoftmaxLoss, SampledSoftmaxLoss, CCLLoss)})
 

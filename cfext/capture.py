@@ -171,7 +171,7 @@ def record(self:StepGraph):
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): self.step()
     self.graph,self.sign = graph,self.signature()
 
-# %% ../nbs/05a_capture.ipynb #db12e015
+# %% ../nbs/05a_capture.ipynb #46cb9588
 def capture_hurdle(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 )->str|None: # why the step can't be recorded; None if nothing speaks against it
@@ -179,6 +179,7 @@ def capture_hurdle(
     dl = learn.dl
     if type(dl) is not ResidentDL or any(len(getattr(getattr(dl, o, None), 'fs', ())) for o in ('after_item','before_batch','after_batch')):
         return f"its loader is {type(dl).__name__} with transforms, not a plain ResidentDL"
+    if not dl.resident: return "its rows stay in host memory"
     if dl.dataset.y is None: return "its rows have no targets"
     if opt_kind(learn.opt) is None: return f"the steps of its optimizer ({', '.join(getattr(o, '__name__', str(o)) for o in getattr(learn.opt, 'cbs', [type(learn.opt).__name__]))}) are not known"
     if any(isinstance(cb, MixedPrecision) and cb.amp_mode.value=='fp16' for cb in learn.cbs): return "float16 looks for overflow on the host; use to_bf16()"

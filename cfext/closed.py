@@ -40,7 +40,7 @@ def history_rows(
     res[row, items[at]] = 1
     return res
 
-# %% ../nbs/04b_closed.ipynb #5234b90c
+# %% ../nbs/04b_closed.ipynb #53830d3a
 def _solved(cls, base, config, state):
     "A solved model with the tables of `state`; nothing is solved again"
     model = cls.__new__(cls)
@@ -58,10 +58,16 @@ class _ItemBased(CFModel):
         self.register_buffer('starts', starts)
         self.register_buffer('items', items)
     @classmethod
-    def from_dls(cls, dls, **kwargs): return cls(dls, **kwargs)
+    def from_dls(cls, dls, **kwargs):
+        "Solve the model for some loaders"
+        return cls(dls, **kwargs)
     @classmethod
-    def restore(cls, config, state): return _solved(cls, CFModel, config, state)
-    def without_rows(self): raise ValueError(f"{type(self).__name__} scores users by their rows, and is nothing without them; an IALS of the same loaders is")
+    def restore(cls, config, state):
+        "Make a model again as it was, without solving"
+        return _solved(cls, CFModel, config, state)
+    def without_rows(self):
+        "Raise a `ValueError`: the histories are what it scores by"
+        raise ValueError(f"{type(self).__name__} scores users by their rows, and is nothing without them; an IALS of the same loaders is something")
     def _rows(self, users, dtype=torch.float32): return history_rows(users, self.starts, self.items, self.n_items, dtype)
     def gram(self, tile=1<<24):
         users = torch.arange(self.n_users, device=self.items.device)
@@ -135,7 +141,7 @@ def solve_rows(
         res[rows] = torch.cholesky_solve(H.sum(1)[...,None], torch.linalg.cholesky(A))[...,0]
     return res
 
-# %% ../nbs/04b_closed.ipynb #2e80b32d
+# %% ../nbs/04b_closed.ipynb #2de8c86d
 class IALS(DotProduct):
     "Implicit alternating least squares over all pairs (Hu, Koren and Volinsky 2008; Rendle et al. 2022)"
     def __init__(self,
@@ -159,6 +165,10 @@ class IALS(DotProduct):
             Q = solve_rows(*by_item, P, alpha0, lam, nu)
         self.user_factors,self.item_factors = (nn.Parameter(t, requires_grad=False) for t in (P,Q))
     @classmethod
-    def from_dls(cls, dls, **kwargs): return cls(dls, **kwargs)
+    def from_dls(cls, dls, **kwargs):
+        "Solve the model for some loaders"
+        return cls(dls, **kwargs)
     @classmethod
-    def restore(cls, config, state): return _solved(cls, DotProduct, config, state)
+    def restore(cls, config, state):
+        "Make a model again as it was, without solving"
+        return _solved(cls, DotProduct, config, state)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['IdMap', 'Ratings', 'ResidentDL', 'CFDataLoaders']
 
-# %% ../nbs/01b_data.ipynb #5024089e
+# %% ../nbs/01b_data.ipynb #b1a47ca9
 import random,warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np,pandas as pd
 import torch
@@ -129,7 +130,7 @@ def frame(self:Ratings,
     flat = lambda v: v if not isinstance(v, Tensor) else to_detach(v).numpy() if v.ndim==1 else to_detach(v)[:,0].numpy()
     return pd.DataFrame({**res, **{k: flat(v) for k,v in cols.items()}})
 
-# %% ../nbs/01b_data.ipynb #ccacf4fd
+# %% ../nbs/01b_data.ipynb #d83ff238
 class ResidentDL(TfmdDL):
     "A loader over `Ratings` whose rows lie on the device: no worker, no collating, every row once an epoch"
     block = 1<<20
@@ -138,25 +139,27 @@ class ResidentDL(TfmdDL):
         bs:int=64, # rows a batch
         shuffle:bool=False, # visit the rows in a new order each epoch?
         drop_last:bool=False, # leave out a last, short batch?
-        device=None, # where the rows should lie; `None`: where they are
+        device=None, # where the batches should lie; `None`: where the rows are
+        resident:bool=True, # move the rows there? False: they stay in host memory and are sent a block ahead
         seed:int|None=None, # seed of the order; `None`: follows torch's global generator
         **kwargs, # anything else that a `TfmdDL` takes
     ):
         kwargs['num_workers'] = 0
-        if device is not None: dataset.to(device)
-        super().__init__(dataset, bs=check_pos(bs, 'bs'), shuffle=shuffle, drop_last=drop_last, device=dataset.x.device, **kwargs)
-        self.seed,self.wb,self._n_inp = seed,None,1
+        if device is not None and resident: dataset.to(device)
+        device = dataset.x.device if device is None else torch.device(device)
+        super().__init__(dataset, bs=check_pos(bs, 'bs'), shuffle=shuffle, drop_last=drop_last, device=device, **kwargs)
+        self.seed,self.wb,self._n_inp,self.resident = seed,None,1,resident
         self._types = {tuple:[Tensor]*(1 if dataset.y is None else 2)}
         self._seeds = None if seed is None else torch.Generator().manual_seed(seed)
 
 @patch
 def to(self:ResidentDL, device):
-    self.dataset.to(device)
-    self.device = self.dataset.x.device
+    if self.resident: self.dataset.to(device)
+    self.device = self.dataset.x.device if self.resident else torch.device(device)
 
 @patch
 def new(self:ResidentDL, dataset=None, cls=None, **kwargs):
-    return super(ResidentDL, self).new(dataset, cls, **{'seed':self.seed, **kwargs})
+    return super(ResidentDL, self).new(dataset, cls, **{'seed':self.seed, 'resident':self.resident, **({} if self.resident else {'device':self.device}), **kwargs})
 
 @patch
 def bounds(self:ResidentDL)->list: # [0, bs, 2*bs, ..., n]: the row numbers at which batches begin and end
@@ -171,7 +174,15 @@ def bounds(self:ResidentDL)->list: # [0, bs, 2*bs, ..., n]: the row numbers at w
 @patch
 def __len__(self:ResidentDL): return len(self.bounds())-1
 
-# %% ../nbs/01b_data.ipynb #1f2f362e
+# %% ../nbs/01b_data.ipynb #142e8c09
+def _ahead(f, xs):
+    "Yield `f(x)` for each of `xs`; the next one is being made by a thread meanwhile"
+    with ThreadPoolExecutor(1) as pool:
+        todo = [pool.submit(f, x) for x in xs[:1]]
+        for i in range(len(xs)):
+            if i+1<len(xs): todo.append(pool.submit(f, xs[i+1]))
+            yield todo.pop(0).result()
+
 @patch
 def get_idxs(self:ResidentDL)->Tensor: # (n,) long
     "Return the order in which the next epoch visits the rows"
@@ -181,16 +192,22 @@ def get_idxs(self:ResidentDL)->Tensor: # (n,) long
     return torch.randperm(n, device=dev, generator=torch.Generator(dev).manual_seed(seed))
 
 @patch
+def _take(self:ResidentDL, rows):
+    "The rows `rows` as (x, y, w) on the loader's device"
+    ts = [None if t is None else t[rows] for t in (self.dataset.x,self.dataset.y,self.dataset.w)]
+    if self.device.type=='cuda' and not ts[0].is_cuda: ts = [None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in ts]
+    return ts[0].long(),*ts[1:]
+
+@patch
 def blocks(self:ResidentDL):
     "Yield the epoch's rows as `(x (m,2) long, y, w)`, `m` a multiple of `bs` near `block` except at the end"
     ds,cuts = self.dataset,self.bounds()
     in_order = not self.shuffle and 'get_idxs' not in self.__dict__
     idxs = None if in_order else torch.as_tensor(self.get_idxs(), device=ds.x.device)
     per = max(1, self.block//self.bs)
-    for s in range(0, len(cuts)-1, per):
-        cut = cuts[s:s+per+1]
-        rows = slice(cut[0], cut[-1]) if in_order else idxs[cut[0]:cut[-1]]
-        yield [c-cut[0] for c in cut],ds.x[rows].long(),None if ds.y is None else ds.y[rows],None if ds.w is None else ds.w[rows]
+    parts = [cuts[s:s+per+1] for s in range(0, len(cuts)-1, per)]
+    take = lambda c: self._take(slice(c[0], c[-1]) if in_order else idxs[c[0]:c[-1]])
+    for cut,ts in zip(parts, map(take, parts) if self.resident else _ahead(take, parts)): yield [c-cut[0] for c in cut],*ts
 
 @patch
 def __iter__(self:ResidentDL):
@@ -206,7 +223,7 @@ def one_batch(self:ResidentDL):
     if len(self)==0: raise ValueError("this loader holds no batches")
     if not self.shuffle: return first(self)
     idxs = random.Random(self.seed).sample(range(len(self.dataset)), min(self.bs, len(self.dataset)))
-    return self.after_batch(tuple(o.long() if i==0 else o for i,o in enumerate(self.dataset[torch.tensor(idxs, device=self.device)])))
+    return self.after_batch(tuple(o for o in self._take(torch.tensor(idxs, device=self.dataset.x.device))[:2] if o is not None))
 
 # %% ../nbs/01b_data.ipynb #554678c6
 @patch
@@ -271,7 +288,12 @@ def _split_mask(df, splitter, valid_pct, seed):
     if (train&valid).any(): raise ValueError(f"`splitter` puts {int((train&valid).sum())} rows into both training and validation")
     return train,valid
 
-# %% ../nbs/01b_data.ipynb #58523b75
+# %% ../nbs/01b_data.ipynb #b1a65cfa
+def _fits(dss, device):
+    "Do the rows of `dss` take at most half of what is free on the device?"
+    if torch.device(device).type!='cuda': return True
+    return 2*sum(t.numel()*t.element_size() for d in dss for t in (d.x,d.y,d.w) if t is not None)<=torch.cuda.mem_get_info(device)[0]
+
 class CFDataLoaders(DataLoaders):
     "Training and validation `ResidentDL`s over one table of interactions"
     unk = 'raise'
@@ -293,6 +315,7 @@ class CFDataLoaders(DataLoaders):
         val_bs:int|None=None, # rows a validation batch; `None`: `bs`, and 8,192 at the least
         drop_last:bool=False, # leave out a last, short training batch?
         device=None, # where the rows lie and the model trains; `None`: fastai's `default_device()`
+        resident:bool|None=None, # keep all rows on the device? False: in host memory, sent a block ahead; `None`: if they take at most half of its free memory
     ):
         "Make loaders from a frame of any pandas dtypes; the frame is left as it was"
         check_cols(ratings)
@@ -304,8 +327,9 @@ class CFDataLoaders(DataLoaders):
         df = _dedupe(ratings, user, item, rating, dups)
         dss = cls._datasets(df, user, item, rating, weight_name, _split_mask(df, splitter, valid_pct, seed))
         device,val_bs = default_device() if device is None else device,ifnone(val_bs, max(bs, 8192))
-        res = cls(ResidentDL(dss[0], bs=bs, shuffle=True, drop_last=drop_last, device=device, seed=seed),
-                  ResidentDL(dss[1], bs=val_bs, device=device), path=path, device=device)
+        kw = dict(device=device, resident=_fits(dss, device) if resident is None else resident)
+        res = cls(ResidentDL(dss[0], bs=bs, shuffle=True, drop_last=drop_last, seed=seed, **kw), ResidentDL(dss[1], bs=val_bs, **kw),
+                  path=path, device=device)
         res.unk = unk
         return res
 

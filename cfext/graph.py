@@ -18,7 +18,7 @@ from .models import *
 from .negatives import *
 from .closed import *
 
-# %% ../nbs/04c_graph.ipynb #5676517b
+# %% ../nbs/04c_graph.ipynb #28687081
 class BuiltFactors(CFModel):
     "A dot product of factors that are computed; a subclass defines `build(role, codes)`"
     def _key(self): return [(p._version, p.data_ptr(), p.dtype, p.device) for p in [*self.parameters(), *self.buffers()]]
@@ -31,40 +31,44 @@ class BuiltFactors(CFModel):
             self.__dict__['_kept'] = (key, (P,Q,bu,bi))
         return self._kept[1]
     def train(self, mode=True):
+        "Switch to training or back, and forget what was kept"
         if mode or self.training: self._forget()
         return super().train(mode)
     def _forget(self):
         for k in ('_kept','_live'): self.__dict__.pop(k, None)
-    def mean_row(self, on):
-        self.__dict__['_mean'] = on
-        self._forget()
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_kept','_live','_graph')}
     def _table(self, j, name):
         if (t := self.kept()[j]) is None: raise AttributeError(f"{type(self).__name__} has no {name}")
         return t
     user_factors,item_factors,user_bias,item_bias = (property(lambda self, j=j, n=n: self._table(j, n))
         for j,n in enumerate(('user_factors','item_factors','user_bias','item_bias')))
-    def sides(self,
-        role:str, # 'user' or 'item'
-        codes:Tensor|None=None, # long codes, any shape; None: all
-    )->tuple: # (factors (..., n_factors), bias (..., 1) or None)
-        "Return factors and biases, kept ones for prediction and fresh ones with gradients in training"
-        if self.training or torch.is_grad_enabled(): return self.build(role, codes)
-        j = role=='item'
-        T,b = self.kept()[j],self.kept()[2+j]
-        return (T,b) if codes is None else (F.embedding(codes, T),None if b is None else F.embedding(codes, b))
-    def without_rows(self):
-        P,Q,bu,bi = self.kept()
-        if bu is None and bi is None: res = DotProduct(self.n_users, self.n_items, P.shape[1], self.y_range)
-        else: res = DotProductBias(self.n_users, self.n_items, P.shape[1], self.y_range)
-        tables = dict(user_factors=P, item_factors=Q, user_bias=P.new_zeros(len(P), 1) if bu is None else bu, item_bias=Q.new_zeros(len(Q), 1) if bi is None else bi)
-        res.load_state_dict({k: tables.get(k, v) for k,v in res.state_dict().items()})
-        return res.to(P.device)
-    def add_up(self, dots, bu, bi): return self.squash(sum((b for b in (bu,bi) if b is not None), dots))
-    def forward(self, x):
-        self.__dict__.pop('_live', None)
-        (p,bu),(q,bi) = self.sides('user', x[:,0]),self.sides('item', x[:,1])
-        return self.add_up((p*q).sum(1, keepdim=True), bu, bi)
+
+# %% ../nbs/04c_graph.ipynb #6dfaa76b
+@patch
+def sides(self:BuiltFactors,
+    role:str, # 'user' or 'item'
+    codes:Tensor|None=None, # long codes, any shape; None: all
+)->tuple: # (factors (..., n_factors), bias (..., 1) or None)
+    "Return factors and biases, kept ones for prediction and fresh ones with gradients in training"
+    if self.training or torch.is_grad_enabled(): return self.build(role, codes)
+    j = role=='item'
+    T,b = self.kept()[j],self.kept()[2+j]
+    return (T,b) if codes is None else (F.embedding(codes, T),None if b is None else F.embedding(codes, b))
+
+@patch
+def add_up(self:BuiltFactors,
+    dots:Tensor, # dot products
+    bu:Tensor|None, # biases of the users, to be broadcast
+    bi:Tensor|None, # biases of the items
+)->Tensor: # scores
+    "Add biases, and squash"
+    return self.squash(sum((b for b in (bu,bi) if b is not None), dots))
+
+@patch
+def forward(self:BuiltFactors, x):
+    self.__dict__.pop('_live', None)
+    (p,bu),(q,bi) = self.sides('user', x[:,0]),self.sides('item', x[:,1])
+    return self.add_up((p*q).sum(1, keepdim=True), bu, bi)
 
 # %% ../nbs/04c_graph.ipynb #d198a3ef
 @patch
@@ -85,6 +89,24 @@ def score_pairs(self:BuiltFactors,
     if items.numel()<self.n_items: q,bi = self.sides('item', items)
     else: q,bi = (None if t is None else F.embedding(items, t) for t in self.sides('item'))
     return self.add_up(p@q.T if items.ndim==1 else torch.bmm(q, p[:,:,None])[:,:,0], bu, None if bi is None else bi[...,0])
+
+# %% ../nbs/04c_graph.ipynb #2f750772
+@patch
+def mean_row(self:BuiltFactors,
+    on:bool, # the mean of the others? False: as it is built
+):
+    "Say what row 0 of the kept tables is"
+    self.__dict__['_mean'] = on
+    self._forget()
+
+@patch
+def without_rows(self:BuiltFactors)->DotProduct: # or `DotProductBias`
+    "Return a plain dot product of the same scores"
+    P,Q,bu,bi = self.kept()
+    tables = dict(user_factors=P, item_factors=Q, user_bias=P.new_zeros(len(P), 1) if bu is None else bu, item_bias=Q.new_zeros(len(Q), 1) if bi is None else bi)
+    res = (DotProduct if bu is None and bi is None else DotProductBias)(self.n_users, self.n_items, P.shape[1], self.y_range)
+    res.load_state_dict({k: tables.get(k, v) for k,v in res.state_dict().items()})
+    return res.to(P.device)
 
 # %% ../nbs/04c_graph.ipynb #9ca8d1cd
 class _Flow(torch.autograd.Function):

@@ -19,7 +19,7 @@ from fastcore.basics import *
 from .core import *
 from .embed import *
 
-# %% ../nbs/03_models.ipynb #1f3c2e78
+# %% ../nbs/03_models.ipynb #3f1f15e2
 def score_by_forward(
     model:nn.Module, # takes codes (n,2), gives n scores in any shape
     users:Tensor, # (n,) long codes of users
@@ -49,14 +49,30 @@ class CFModel(nn.Module):
         self.config = dict(n_users=self.n_users, n_items=self.n_items, y_range=y_range, **config)
     def squash(self, res): return res if self.y_range is None else sigmoid_range(res, *self.y_range)
     def score_items(self, users): return score_by_forward(self, users, self.n_items)
-    @classmethod
-    def from_dls(cls, dls, **kwargs): return cls(dls.n_users, dls.n_items, **kwargs)
-    @classmethod
-    def restore(cls, config, state):
-        model = cls(**config)
-        model.load_state_dict(state)
-        return model
-    def without_rows(self): return self
+
+# %% ../nbs/03_models.ipynb #bd5f0107
+@patch(cls_method=True)
+def from_dls(cls:CFModel,
+    dls, # `CFDataLoaders`
+    **kwargs, # further arguments of the class
+)->CFModel:
+    "Make the model for some loaders"
+    return cls(dls.n_users, dls.n_items, **kwargs)
+
+@patch(cls_method=True)
+def restore(cls:CFModel,
+    config:dict, # `config` of a model of this class
+    state:dict, # its `state_dict()`
+)->CFModel:
+    "Make a model again as it was"
+    model = cls(**config)
+    model.load_state_dict(state)
+    return model
+
+@patch
+def without_rows(self:CFModel)->CFModel: # itself, unless a subclass holds rows
+    "Return a model of the same scores that holds no training row"
+    return self
 
 # %% ../nbs/03_models.ipynb #8e5521ef
 class DotProduct(CFModel):

@@ -254,3 +254,48 @@ class TestGpu:
         learn.__class__ = CFLearner
         with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.01)
         assert capsys.readouterr().out.count('could not be captured')==1 and len(learn.recorder.losses)==2*len(learn.dls.train)
+
+def test_row_adam(tmp_path):
+    "Learns, turns sparse gradients off again, and goes on from a file and after an interruption"
+    learn = make('lean', opt_func=RowAdam)
+    learn.path = tmp_path
+    grads = []
+    class Look(Callback):
+        on_device = True
+        def before_step(self): grads.append(self.model.item_factors.grad.is_sparse)
+    with learn.no_bar(),learn.no_logging():
+        learn.fit_one_cycle(3, 0.05, wd=0.05, cbs=Look())
+        assert all(grads) and len(grads)==3*len(learn.dls.train) and not learn.model.sparse
+        assert learn.recorder.values[-1][1]<float(learn.dls.valid_ds.y.var())
+        learn.save('a')
+        ends = []
+        for again in (False,True):
+            if again: learn.load('a')
+            for gen in (torch.default_generator, learn.dls.train._seeds):
+                if gen is not None: gen.manual_seed(5)
+            learn.fit(1, 0.01, reset_opt=False)
+            ends.append(learn.model.item_factors.detach().clone())
+        torch.testing.assert_close(*ends)
+        def stop(*args): raise KeyboardInterrupt
+        learn.loss_func = stop
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, 0.01)
+        learn.loss_func = MSELossFlat()
+        learn.fit(1, 0.01) # goes on after an interruption
+        assert not learn.model.sparse
+    with pytest.raises(TypeError, match='has no attribute `sparse`'): cf_learner(learn.dls, 'nn', y_range=(0,5), opt_func=RowAdam).fit(1)
+
+def test_rows_that_stay_in_host_memory():
+    "Streamed a block ahead, they train as resident ones do"
+    ends = []
+    for resident in (True,False):
+        dls = CFDataLoaders.from_df(df, item_name='title', seed=42, bs=64, device='cpu', resident=resident)
+        dls.train.block = 640
+        learn = cf_learner(dls, n_factors=5, y_range=(0.5,5.5), seed=1, unk_p=0)
+        with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 0.02, wd=0.1)
+        ends.append((learn.model.item_factors.detach(), learn.get_preds()[0]))
+    for a,b in zip(*ends): torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert 'host memory' in capture_hurdle_of(learn)
+
+def capture_hurdle_of(learn):
+    learn.dl = learn.dls.train
+    return capture_hurdle(learn)

@@ -1,5 +1,5 @@
 "One contract for every model"
-import pytest,torch
+import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from fastai.collab import EmbeddingDotBias,EmbeddingNN
 from fastai.tabular.all import MSELossFlat,Learner
@@ -7,6 +7,16 @@ from cfext import *
 
 n_users,n_items = 7,5
 edges = torch.tensor([[1,1],[1,2],[2,2],[3,4],[4,1],[6,3],[6,3]])
+items = pd.DataFrame(dict(item=[1,2,3,4], genre=['a|b','b',None,'c'], year=[1990,1995,1980,np.nan], won=[True,False,False,True]))
+users = pd.DataFrame(dict(user=range(1,7), age=[20,30,40,50,60,70.]))
+
+def sided(**kw):
+    specs = dict(item_spec=fit_sides(items, 'item', sep=dict(genre='|')), user_spec=fit_sides(users, 'user'))
+    m = SideProduct(n_users, n_items, n_factors=4, id_p=0, **specs, **kw)
+    m.set_sides('item', encode_sides(specs['item_spec'], items, 'item', pd.Index(items.item))[0])
+    m.set_sides('user', encode_sides(specs['user_spec'], users, 'user', pd.Index(users.user))[0])
+    return m
+
 makers = dict(
     DotProduct      = lambda **kw: DotProduct(n_users, n_items, n_factors=4, **kw),
     DotProduct2018  = lambda **kw: DotProduct(n_users, n_items, n_factors=4, init=(0,.05), **kw),
@@ -17,7 +27,9 @@ makers = dict(
     EmbeddingNet    = lambda **kw: EmbeddingNet(n_users, n_items, n_factors=4, **kw),
     CosineProduct   = lambda **kw: CosineProduct(n_users, n_items, n_factors=4, **kw),
     LightGCN        = lambda **kw: LightGCN(n_users, n_items, n_factors=4, n_layers=2, rows=edges, **kw),
-    LightGCNUnit    = lambda **kw: LightGCN(n_users, n_items, n_factors=4, n_layers=2, unit=True, rows=edges, **kw))
+    LightGCNUnit    = lambda **kw: LightGCN(n_users, n_items, n_factors=4, n_layers=2, unit=True, rows=edges, **kw),
+    SideProduct     = lambda **kw: sided(**kw),
+    TwoTowers       = lambda **kw: sided(layers=(6,), **kw))
 x = torch.tensor([[1,2],[3,0],[6,4]])
 
 @pytest.fixture(params=makers)
