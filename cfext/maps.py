@@ -164,7 +164,7 @@ def _js_json(obj):
     for c in '<>&\u2028\u2029': s = s.replace(c, f'\\u{ord(c):04x}')
     return s
 
-# %% ../nbs/11a_maps.ipynb #38222fff
+# %% ../nbs/11a_maps.ipynb #e4af82a5
 _page = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
@@ -182,10 +182,10 @@ canvas:focus-visible{outline:2px solid #56B4E9;outline-offset:-2px}#head{positio
 #legend button[aria-pressed=false]{opacity:.35}
 #legend i{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:7px}
 #tip{position:fixed;pointer-events:none;display:none;background:var(--box);border:1px solid var(--dim);border-radius:5px;padding:3px 7px;max-width:24em}#tip small{display:block}
-</style></head><body>
+</style></head><body><main>
 <canvas id="map" tabindex="0" role="img" aria-label="__TITLE__"></canvas>
 <div id="head"><h1>__TITLE__</h1><small id="note"></small><br><input id="find" type="search" placeholder="find a title" aria-label="find a title"></div>
-<div id="legend"></div><div id="tip"></div>
+<div id="legend"></div><div id="tip"></div></main>
 <script id="data" type="application/json">__DATA__</script>
 <script>
 __JS__
