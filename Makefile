@@ -7,7 +7,7 @@ OUT    ?= demo
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test export readme outputs clean
+.PHONY: help setup demo test docs export readme outputs clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ test: setup ## run every notebook, then tests/
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(JOBS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations 10 tests
 
+docs: setup ## the site, into _docs/, from the notebooks as recorded; a dead link fails
+	$(BIN)/python docs/build.py
+
 export: setup ## notebooks -> modules
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
@@ -39,7 +42,7 @@ readme: setup ## nbs/index.ipynb -> README.md
 	$(BIN)/python docs/readme.py
 
 outputs: setup ## run the notebooks and keep their outputs
-	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/*.ipynb nbs/tutorials/*.ipynb
+	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/*.ipynb nbs/pages/*.ipynb nbs/tutorials/*.ipynb
 	$(BIN)/nbdev-clean
 
 clean: ## remove what `setup` and `demo` made

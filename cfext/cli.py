@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/16_cli.ipynb #d591fd97
+# %% ../nbs/16_cli.ipynb #05b442a1
 import json,sys,warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,7 @@ from .learner import *
 from .recommend import *
 from .interpret import *
 from .bundle import *
+from .explore import *
 
 # %% ../nbs/16_cli.ipynb #3ca4c57e
 def _y_range(df, rating):
@@ -95,7 +96,14 @@ def _write_report(learn, report, out, settings):
              versions=dict(cfext=cfext.__version__, fastai=fastai.__version__, torch=torch.__version__), device=str(learn.dls.device))
     with whole_file(out/'metrics.json') as f: f.write_text(json.dumps(d, indent=1), encoding='utf-8')
 
-# %% ../nbs/16_cli.ipynb #093904f3
+# %% ../nbs/16_cli.ipynb #6b351bf3
+def _write_items(df, item_name, out):
+    "`items.csv`: titles and genres of the items, where the ratings have them; a file of an earlier fit goes"
+    cols = [c for c in ('title','genre','genres') if c in df and c!=item_name]
+    if not cols: return (out/'items.csv').unlink(missing_ok=True)
+    with whole_file(out/'items.csv') as f: df[[item_name,*cols]].drop_duplicates(item_name).to_csv(f, index=False)
+
+# %% ../nbs/16_cli.ipynb #048cb230
 def _fit(
     data:str=None, # a ratings file (.csv, .tsv, .parquet) or the folder of a MovieLens set; none: a synthetic set
     out:str='demo', # folder for the bundle, metrics.json, pictures and recommendations.csv
@@ -125,6 +133,7 @@ def _fit(
     _write_report(learn, report, out, dict(data=data and str(data), model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,
                                            splitter=split or splitter, valid_pct=valid_pct, seed=seed))
     genre = next((c for c in ('genre','genres') if c in df), None)
+    _write_items(df, dls.item_name, out)
     _pictures(learn, out, None if genre is None else df.drop_duplicates(dls.item_name).set_index(dls.item_name)[genre].str.split('|').str[0])
     users = dls.classes[dls.user_name].ids[:10_000]
     with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K).to_csv(f, index=False, float_format='%.4f')
@@ -173,8 +182,19 @@ def _similar(
     else: i = _parse_id(learn, 'item', item)
     print(learn.similar_items([i], k=K).round(3).to_string(index=False))
 
-# %% ../nbs/16_cli.ipynb #2444cc79
-_commands = dict(fit=(_fit, 'data'), evaluate=(_evaluate, 'bundle'), recommend=(_recommend, 'bundle'), similar=(_similar, 'bundle'))
+# %% ../nbs/16_cli.ipynb #2ed191aa
+def _explore(
+    bundle:str, # folder that `cfext fit` wrote
+    data:str=None, # a table with titles, genres and other facts about items; none: items.csv in the bundle, if there
+    host:str='127.0.0.1', # address to listen on; 0.0.0.0 lets other machines in
+    port:int=8765, # port; 0: any that is free
+):
+    "Look at a bundle in a browser"
+    serve_explorer(bundle, data, host=host, port=port)
+
+# %% ../nbs/16_cli.ipynb #45b4903d
+_commands = dict(fit=(_fit, 'data'), evaluate=(_evaluate, 'bundle'), recommend=(_recommend, 'bundle'), similar=(_similar, 'bundle'),
+                 explore=(_explore, 'bundle'))
 
 def main(
     argv:list|None=None, # arguments, without the program's name; None: those of the process

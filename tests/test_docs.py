@@ -1,0 +1,153 @@
+"The site: built whole, from the notebooks alone, and looked at in a browser"
+import ast,functools,http.server,json,os,re,sys,threading
+from pathlib import Path
+from urllib.parse import unquote,urlparse
+
+import pytest
+from browser import faults,open_browser
+from conftest import root
+
+sys.path.insert(0, str(root/'docs'))
+pytest.importorskip('sphinx', reason='sphinx, myst-parser and furo, of the dev requirements, make the site')
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    "The site, built once for all processes of the session; or one that was built before, named by CFEXT_SITE"
+    if 'CFEXT_SITE' in os.environ: return Path(os.environ['CFEXT_SITE']).resolve()
+    from filelock import FileLock
+    from build import build
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if base.name.startswith('popen-') else base
+    with FileLock(base/'site.lock'):
+        if not (base/'site.rc').exists(): (base/'site.rc').write_text(str(build(base/'site', base/'site_src', jobs='1')))
+    assert (base/'site.rc').read_text()=='0', 'the site was built with warnings, shown above'
+    return base/'site'
+
+@pytest.fixture(scope='session')
+def served(site):
+    "The site over http"
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{s.server_port}/'
+    s.shutdown()
+
+@pytest.fixture(scope='module')
+def browser():
+    with open_browser() as new: yield new
+
+def pages(site): return sorted(p for p in site.rglob('*.html') if '_static' not in p.parts)
+def ids(text): return set(re.findall(r'\bid="([^"]+)"', text))
+
+def test_a_page_for_each_notebook(site):
+    for p in (root/'nbs').rglob('*.ipynb'):
+        if '.ipynb_checkpoints' not in p.parts: assert (site/p.relative_to(root/'nbs').with_suffix('.html')).exists(), p.name
+    for p in (root/'benchmarks').glob('*.json'): assert (site/'benchmarks'/f'{p.stem}.html').exists(), p.name
+
+def test_every_public_name_has_its_place(site):
+    import cfext
+    text = {p: p.read_text(encoding='utf-8') for p in pages(site)}
+    have = set().union(*map(ids, text.values()))
+    missing = [n for n in cfext.__all__ if f'cfext.{n}' not in have and callable(getattr(cfext, n))]
+    assert not missing
+
+def test_arguments_returns_and_errors_are_told(site):
+    page = (site/'10_recommend.html').read_text(encoding='utf-8')
+    part = page[page.index('id="cfext.top_items"'):]
+    part = part[:part.index('<dl class="py')]
+    for o in ('<table','(n,) long codes','&lt;&lt;','Returns','ValueError'): assert o in part, o
+
+def test_links_within_the_site_lead_somewhere(site):
+    text = {p: p.read_text(encoding='utf-8') for p in pages(site)}
+    have,n = {p: ids(t) for p,t in text.items()},0
+    for p,t in text.items():
+        for h in re.findall(r'<a [^>]*href="([^"]*)"', t):
+            u = urlparse(h)
+            if u.scheme or not h: continue
+            to = (p.parent/unquote(u.path)).resolve() if u.path else p
+            assert to.exists(), f'{p.name}: {h}'
+            if u.fragment and to in have: assert unquote(u.fragment) in have[to] or u.fragment=='', f'{p.name}: {h}'
+            n += 1
+    assert n>1000
+
+def test_nothing_from_outside_is_named(site):
+    for p in pages(site):
+        t = p.read_text(encoding='utf-8')
+        for tag,attr in (('script','src'),('link','href'),('img','src'),('iframe','src')):
+            for m in re.findall(rf'<{tag} [^>]*{attr}="([^"]*)"', t): assert not urlparse(m).netloc or 'canonical' in m, f'{p.name}: {m}'
+
+@pytest.mark.parametrize('what,words', [('pages/own_data','from_csv'), ('10_recommend','top-k'), ('pages/boosted_trees','LightGBM'), ('07_callbacks','GradientAccumulator')])
+def test_one_click_from_the_start(site, what, words):
+    start = (site/'index.html').read_text(encoding='utf-8')
+    main = start[start.index('<article'):start.index('</article>')]
+    assert f'href="{what}.html' in main
+    assert words in (site/f'{what}.html').read_text(encoding='utf-8')
+
+def test_cells_that_import_stand_alone():
+    "Quarto's nbdev-docs runs exported cells and cells with imports, and these only: they must not need what others define"
+    stores = lambda tree: {o.id for o in ast.walk(tree) if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)}
+    for p in (root/'nbs').glob('[0-9]*.ipynb'):
+        skipped,ran = set(),set()
+        for c in json.loads(p.read_text())['cells']:
+            src = ''.join(c['source'])
+            if c['cell_type']!='code' or src.startswith('%'): continue
+            tree = ast.parse(src)
+            runs = re.search(r'^#\|\s*export', src, re.M) or any(isinstance(o, (ast.Import,ast.ImportFrom)) for o in ast.walk(tree))
+            needs = {o.id for o in ast.walk(tree) if isinstance(o, ast.Name)} - stores(tree)
+            if runs and not re.search(r'^#\|\s*export', src, re.M): assert not (odd := needs & (skipped-ran)), f'{p.name}: {odd} in {src[:80]!r}'
+            (ran if runs else skipped).update(stores(tree))
+
+def test_every_page_in_a_browser(browser, site):
+    w = browser(site.as_uri())
+    for p in pages(site):
+        w.page.goto(p.as_uri())
+        if p.name in ('search.html','genindex.html'): continue
+        heads = w.page.evaluate("[...document.querySelectorAll('article h1,article h2,article h3,article h4')].map(o=>+o.tagName[1])")
+        assert heads.count(1)==1 and all(b<=a+1 for a,b in zip(heads, heads[1:])), f'{p.name}: headings {heads}'
+        broken = w.page.evaluate("[...document.images].filter(o=>!o.complete||!o.naturalWidth||!o.alt).map(o=>o.src)")
+        assert not broken, f'{p.name}: {broken}'
+        assert w.page.evaluate("document.querySelectorAll('.math, script[src*=math]').length")==0
+        w.clean()
+
+def test_plots_and_formulas_are_there(browser, site):
+    w = browser(site.as_uri())
+    w.page.goto((site/'11b_interpret.html').as_uri())
+    assert w.page.locator('img.plot').count()>=3
+    w.page.goto((site/'04_losses.html').as_uri())
+    assert w.page.locator('math').count()>=3
+    assert w.page.locator('math').first.bounding_box()['width']>20
+    w.clean()
+
+@pytest.mark.parametrize('how', ['file','http'])
+def test_search_finds_a_function_and_lands_on_it(browser, site, served, how):
+    base = site.as_uri()+'/' if how=='file' else served
+    w = browser(base.rstrip('/'))
+    w.page.goto(base+'index.html')
+    w.page.fill('input[name=q]', 'similar_items')
+    w.page.keyboard.press('Enter')
+    link = w.page.locator('#search-results li a', has_text='similar_items').first
+    link.wait_for()
+    link.click()
+    w.page.wait_for_url('**#cfext.CFLearner.similar_items')
+    box = w.page.locator('[id="cfext.CFLearner.similar_items"]').bounding_box()
+    assert 0<=box['y']<w.page.viewport_size['height']
+    w.clean()
+
+def test_dark_and_narrow(browser, site):
+    ground = {}
+    for dark in (False,True):
+        w = browser(site.as_uri(), dark=dark, width=390, height=780)
+        for name in ('index','10_recommend','tutorials/training_loop','benchmarks/lesson'):
+            w.page.goto((site/f'{name}.html').as_uri())
+            assert w.page.evaluate('document.scrollingElement.scrollWidth<=innerWidth'), f'{name} is wider than the screen'
+        ground[dark] = w.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        w.clean()
+    assert ground[False]!=ground[True]
+
+@pytest.mark.parametrize('dark', [False,True])
+def test_everybody_can_use_it(browser, site, dark):
+    w = browser(site.as_uri(), dark=dark)
+    for name in ('index','10_recommend','benchmarks/lesson') if dark else ('index','10_recommend','04_losses','pages/own_data','tutorials/from_scratch','benchmarks/index','benchmarks/lesson'):
+        w.page.goto((site/f'{name}.html').as_uri())
+        assert not (f := faults(w.page)), f'{name}: {f}'
