@@ -154,7 +154,7 @@ def _solve_rows(model, ds, role, codes, solved, prior, n_steps=8):
     there = torch.bincount(own, minlength=len(codes))>0
     F_,B = (getattr(model, f'{role}_{k}', None) for k in ('factors','bias'))
     with torch.no_grad():
-        if isinstance(prior, RowPrior):
+        if prior is not None:
             rows = ridge_rows(model, own, other, y, prior, role, n_steps=n_steps) if len(own) else F_[:0]
             rows,at = rows[there[:len(rows)]],codes[there]
             F_[at] = rows[:,:F_.shape[1]]
