@@ -17,7 +17,7 @@ def fitted(tmp_path_factory):
 
 def test_fit_writes_everything(fitted):
     names = {o.name.split('-')[0] for o in (fitted/'out').iterdir()}
-    assert names=={'bundle.json','tensors','ids','metrics.json','losses.png','item_map.png','recommendations.csv'}
+    assert names=={'bundle.json','tensors','ids','metrics.json','losses.png','item_map.png','items.csv','recommendations.csv'}
     m = json.loads((fitted/'out'/'metrics.json').read_text())
     assert len(m['epochs'])==2 and m['rows']['valid']==80 and m['settings']['splitter']=='last'
     assert set(m['report'])=={'DotProductBias','mean rating','user mean','item mean','user and item means','popularity'}

@@ -1,5 +1,5 @@
 "Many learners fitted together: each against the same learner fitted alone"
-import threading
+import re,threading
 from functools import partial
 
 import numpy as np,pandas as pd,pytest,torch
@@ -45,11 +45,13 @@ def same(a, b, atol=1e-5):
 def check(mk, *args, n=3, atol=1e-5, **kwargs):
     for s,l in enumerate(fit_many(mk, *args, n=n, **kwargs)): same(l, alone(mk, s, *args, **kwargs), atol)
 
+def named(o): return re.sub(r' at 0x\w+', '', str(o)) # the same name in every process
+
 @pytest.mark.parametrize('mk', [dict(), dict(loader_seed=False), dict(unk_p=0), dict(model=DotProduct), dict(y_range=None), dict(bs=1000), dict(bs=799), dict(loss_func=L1LossFlat()),
-                                dict(weight_name='weight'), dict(weight_name='weight', loss_func=L1LossFlat()), dict(opt_func=partial(Adam, decouple_wd=False)), dict(metrics=[mae])], ids=str)
+                                dict(weight_name='weight'), dict(weight_name='weight', loss_func=L1LossFlat()), dict(opt_func=partial(Adam, decouple_wd=False)), dict(metrics=[mae])], ids=named)
 def test_dot_models_are_those_trained_alone(mk): check(partial(make, **mk), 3, 0.02, wd=0.1)
 
-@pytest.mark.parametrize('mk', [dict(config=wide), dict(config={**wide, 'use_bn':True}), dict(config=wide, weight_name='weight'), dict(config=wide, loss_func=L1LossFlat())], ids=str)
+@pytest.mark.parametrize('mk', [dict(config=wide), dict(config={**wide, 'use_bn':True}), dict(config=wide, weight_name='weight'), dict(config=wide, loss_func=L1LossFlat())], ids=named)
 def test_networks_are_those_trained_alone(mk): check(partial(make, model='nn', **mk), 2, 0.01, atol=1e-4 if 'weight_name' not in mk else 1e-4)
 
 @pytest.mark.parametrize('fit,args', [('fit',(2,0.01)), ('fit_flat_cos',(2,0.01)), ('fit_sgdr',(2,1,0.01)), ('fine_tune',(2,0.01))])
@@ -193,7 +195,7 @@ def test_every_row_is_visited_once():
         seen |= {tuple(o) for o in x.reshape(-1, 2).tolist()}
     assert seen=={(k,j) for k,n in enumerate(sizes) for j in range(n)} and len(steps)==len(set(steps))
 
-@pytest.mark.parametrize('mk', [dict(), dict(model='nn', config=wide, emb_szs=dict(user=4, title=3)), dict(weight_name='weight'), dict(opt_func=partial(Adam, decouple_wd=False))], ids=str)
+@pytest.mark.parametrize('mk', [dict(), dict(model='nn', config=wide, emb_szs=dict(user=4, title=3)), dict(weight_name='weight'), dict(opt_func=partial(Adam, decouple_wd=False))], ids=named)
 def test_steps_that_lie_on_the_device(mk, monkeypatch):
     "What a GPU replays, run a step at a time"
     monkeypatch.setattr('cfext.many._Together.on_device', True)
