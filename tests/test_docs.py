@@ -53,9 +53,9 @@ def test_every_public_name_has_its_place(site):
     assert not missing
 
 def test_arguments_returns_and_errors_are_told(site):
-    page = (site/'10_recommend.html').read_text(encoding='utf-8')
-    for name,words in (('top_items',('<table','(n,) long codes','Returns')), ('CFLearner.recommend',('<table','Returns','ValueError'))):
-        part = page[page.index(f'id="cfext.{name}"'):]
+    for page,name,words in (('10_recommend','top_items',('<table','(n,) long codes','Returns')), ('01b_data','CFDataLoaders.from_df',('<table','ValueError'))):
+        text = (site/f'{page}.html').read_text(encoding='utf-8')
+        part = text[text.index(f'id="cfext.{name}"'):]
         part = part[:part.index('<dl class="py')]
         for o in words: assert o in part, (name, o)
 
