@@ -4,6 +4,8 @@ A quarter of each user's ratings is held out, five times; every held-out rating 
 rows' are ranked. For each seed a fifth of the training rows is put aside, every model is fitted to the rest with each
 setting of its grid, the best on those rows is fitted anew to all training rows, and only that meets the test rows.
 NDCG is a mean over users, and rows are not: `a` weighs each row by its user's number of rows to the power of -a.
+What the grids span was settled on validation rows of the seeds 10 and 11. The seeds reported here are others, and were used for
+nothing else; all splits cut the same 100,000 ratings, so that the grids have seen these rows, if not as a test.
 
     python benchmarks/ranking_ml100k.py             # five seeds
     python benchmarks/ranking_ml100k.py --jobs 4    # four at a time
@@ -24,7 +26,7 @@ from cfext.negatives import *
 from common import data_dir,mean_sd,record
 
 warnings.simplefilter('ignore')
-seeds = (10,) if '--quick' in sys.argv else (10, 11, 12, 13, 14)
+seeds = (20,) if '--quick' in sys.argv else (20, 21, 22, 23, 24)
 k = 10
 
 def hold_out(df, pct, seed):
@@ -65,7 +67,7 @@ def fastai_dot(df, held, seed):
 
 makers = {
     'dot, full softmax': (lambda dls,seed,**kw: dot(dls, seed, FullSoftmaxLoss(), {}, **kw),
-                          [dict(lr=0.02, wd=0.9, epochs=12, a=a) for a in (0.5,0.)] + [dict(lr=0.02, wd=0.8, epochs=12, a=0.5)]),
+                          [dict(lr=0.02, wd=wd, epochs=12, a=a) for wd in (0.6,0.9) for a in (0.,0.5)]),
     'dot, BPR':          (lambda dls,seed,**kw: dot(dls, seed, BPRLoss(), dict(n_neg=8), **kw),
                           [dict(lr=0.02, wd=wd, epochs=10, a=0.5) for wd in (0.5,1.)]),
     'EASE':              (lambda dls,seed,**kw: EASE(dls, **kw), [dict(reg=r) for r in (200,300,500,800)]),
@@ -101,5 +103,5 @@ if __name__=='__main__':
     pairs = {f'{a} - {b}': [paired_test(r[a]['values'][0], r[b]['values'][0]) for r in runs]
              for a,b in (('dot, full softmax','EASE'), ('dot, full softmax','dot, BPR'), ('dot, full softmax','iALS'))}
     print(pd.DataFrame({n: {'NDCG@10':v['ndcg']['mean'], 'sd':v['ndcg']['sd'], 'recall@10':v['recall']['mean']} for n,v in out.items()}).T.round(4).to_string())
-    record('ranking_ml100k', dict(what='NDCG@10 and recall@10, a quarter of each user held out, all items ranked; settings chosen on a fifth of the training rows',
+    record('ranking_ml100k', dict(what='NDCG@10 and recall@10, a quarter of each user held out, all items ranked; settings chosen on a fifth of the training rows; grids settled on validation rows of the seeds 10 and 11',
                                   seeds=seeds, results=out, paired=pairs))
