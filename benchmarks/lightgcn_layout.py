@@ -8,14 +8,19 @@ evaluation of the LightGCN paper. Nothing of the size of users times items is he
 Every choice is made on a tenth of the training rows: the number of epochs, the temperature, the settings of iALS and EASE. The
 model chosen is trained again on all training rows, and only that meets the test rows.
 
-    python benchmarks/lightgcn_layout.py PATH                         # popularity, iALS, EASE where it fits, MF, on a GPU LightGCN too
+    python benchmarks/lightgcn_layout.py PATH                         # popularity, MF, iALS, EASE where it fits, on a GPU LightGCN too
     python benchmarks/lightgcn_layout.py PATH --models mf lightgcn    # these alone
-    python benchmarks/lightgcn_layout.py PATH --epochs 30 --temps 0.1 # nothing left to choose
+    python benchmarks/lightgcn_layout.py PATH --minutes 20            # at most about so long for each trained model
+    python benchmarks/lightgcn_layout.py PATH --epochs 30 --values 0.1 # nothing left to choose
+    python benchmarks/lightgcn_layout.py PATH --loss bpr --models mf lightgcn # as LightGCN's paper trains them, for comparison
     python benchmarks/lightgcn_layout.py --synthetic                  # a made-up set of Gowalla's size
+
+Ctrl-C ends the run and keeps the models that are done; `--out` is written after each.
 
 The recipe, fixed beforehand from the literature and not tuned on a test set: 64 factors, cosines, a sampled softmax over shared
 uniform negatives with a temperature near 0.1 (Wu et al. 2024, "On the effectiveness of sampled softmax loss for item
-recommendation"), Adam. `--loss ccl` is the cosine contrastive loss of SimpleX instead (Mao et al. 2021).
+recommendation"), Adam. `--loss ccl` is the cosine contrastive loss of SimpleX instead (Mao et al. 2021), `--loss bpr` a plain dot
+product (Rendle et al. 2009).
 Published for LightGCN, recall@20 / NDCG@20 (He et al. 2020): Gowalla .1830 / .1554, Yelp2018 .0649 / .0530, Amazon-Book .0411 / .0315.
 """
 import argparse,os,time,warnings
@@ -29,6 +34,7 @@ from cfext import *
 from common import record
 
 k = 20
+values = dict(softmax=[0.08,0.1,0.14], ccl=[0.8,0.9], bpr=[0.01,0.1,0.3])
 
 def stand_in(n_users=29_858, n_items=40_981, n_rows=1_027_370, n_topics=400, seed=0):
     "A set of Gowalla's size: users mix a few topics and the general taste, a fifth of each user's rows is the test"
@@ -65,40 +71,45 @@ def judge(model, dls, held):
     return dict(recall=recall_at_k(*hits).mean().item(), ndcg=ndcg_at_k(*hits).mean().item(), users=len(who))
 
 class Watch(Callback):
-    "Judge the model on held-out rows every few epochs, keep the best number, stop when it is not coming back"
-    def __init__(self, held, every, patience, say): self.held,self.every,self.patience,self.say = held,every,patience,say
+    "Judge the model on held-out rows every few epochs, keep the best number, stop when it is not coming back or the time is up"
+    def __init__(self, held, every, patience, seconds, say): self.held,self.every,self.patience,self.seconds,self.say = held,every,patience,seconds,say
     def before_fit(self): self.best,self.at,self.t = -1.,0,time.time()
     def after_epoch(self):
-        n = self.epoch+1
-        if n==1: print(f'  {self.say}: an epoch takes {time.time()-self.t:.1f} s', flush=True)
-        if n%self.every: return
+        n,took = self.epoch+1,time.time()-self.t
+        if n==1: print(f'  {self.say}: an epoch takes {took:.1f} s, so all {self.n_epoch} at most {min(took*self.n_epoch, self.seconds)/60:.0f} min', flush=True)
+        late = took*(n+1)/n>self.seconds
+        if n%self.every and n<self.n_epoch and not late: return
         now = judge(self.model, self.dls, self.held)['recall']
         if now>self.best: self.best,self.at = now,n
         print(f'  {self.say}: epoch {n}, held-out recall@{k} {now:.4f}, best {self.best:.4f} at {self.at}, {time.time()-self.t:.0f} s', flush=True)
-        if n-self.at>=self.patience*self.every: raise CancelFitException
+        if late or n-self.at>=self.patience*self.every: raise CancelFitException
 
-def learner(dls, name, temp, a, cbs=()):
-    "MF or LightGCN with the recipe's loss"
-    if a.loss=='ccl': loss,negs = CCLLoss(margin=temp, weight=a.weight),Negatives(a.n_neg, shared=True, seen=False, seed=a.seed)
-    else: loss,negs = SampledSoftmaxLoss(temp),Negatives(a.n_neg, shared=True, seen=False, seed=a.seed)
-    model,config = (CosineProduct,{}) if name=='mf' else (LightGCN,dict(unit=True, n_layers=a.layers))
+def learner(dls, name, value, a, cbs=()):
+    "MF or LightGCN with the recipe's loss; `value` is the temperature, the margin or the weight decay"
+    cosines = a.loss!='bpr'
+    loss = dict(softmax=lambda: SampledSoftmaxLoss(value), ccl=lambda: CCLLoss(margin=value, weight=a.weight), bpr=BPRLoss)[a.loss]()
+    negs = Negatives(a.n_neg, shared=True, seen=False, seed=a.seed) if cosines else Negatives(1, seed=a.seed)
+    model,config = (CosineProduct if cosines else DotProduct,{}) if name=='mf' else (LightGCN,dict(unit=cosines, n_layers=a.layers))
     return cf_learner(dls, model, n_factors=a.factors, config=config, loss_func=loss, cbs=[negs,*cbs], seed=a.seed, unk_p=0)
 
-def trained(df, inner, held, outer, name, a):
-    "Choose temperature and epochs on the held-out rows, then train on all"
-    tried = {}
-    if a.epochs and len(a.temps)==1: best = (a.temps[0], a.epochs)
+def fit(learn, epochs, value, a):
+    with learn.no_bar(),learn.no_logging(): learn.fit(epochs, a.lr, wd=value if a.loss=='bpr' else a.wd)
+
+def trained(train, inner, held, outer, name, a):
+    "Choose the value and the number of epochs on the held-out rows, then train on all"
+    tried,seconds = {},60*a.minutes/(len(a.values)+1)
+    if a.epochs and len(a.values)==1: value,epochs = a.values[0],a.epochs
     else:
-        for temp in a.temps:
-            w = Watch(held, a.epochs or a.every, a.patience, f'{name}, {temp}')
-            learn = learner(inner, name, temp, a, [w])
-            with learn.no_bar(),learn.no_logging(): learn.fit(a.epochs or a.max_epochs, a.lr, wd=a.wd)
-            tried[temp] = dict(recall=w.best, epochs=w.at)
-        temp = max(tried, key=lambda t: tried[t]['recall'])
-        best = (temp, tried[temp]['epochs'])
-    learn,t = learner(outer, name, best[0], a),time.time()
-    with learn.no_bar(),learn.no_logging(): learn.fit(best[1], a.lr, wd=a.wd)
-    return learn.model,dict(chosen=dict(temp=best[0], epochs=best[1]), tried=tried, seconds_an_epoch=(time.time()-t)/best[1])
+        for v in a.values:
+            w = Watch(held, a.epochs or a.every, a.patience, seconds, f'{name}, {v}')
+            fit(learner(inner, name, v, a, [w]), a.epochs or a.max_epochs, v, a)
+            tried[v] = dict(recall=w.best, epochs=w.at)
+        value = max(tried, key=lambda v: tried[v]['recall'])
+        epochs = tried[value]['epochs']
+    print(f'  {name}, {value}: {epochs} epochs on all training rows', flush=True)
+    learn,t = learner(outer, name, value, a),time.time()
+    fit(learn, epochs, value, a)
+    return learn.model,dict(chosen=dict(value=value, epochs=epochs), tried=tried, seconds_an_epoch=(time.time()-t)/epochs)
 
 def solved(inner, held, outer, make, grid, name):
     "Choose a setting of a closed form on the held-out rows, then solve for all"
@@ -115,42 +126,49 @@ def ease_fits(n_items, device):
     else: free = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_AVPHYS_PAGES')
     return 3*8*n_items**2<0.8*free
 
-def table(df, a):
-    "Train and judge every model asked for"
+def fitted(name, train, inner, held, outer, a):
+    "A model, and how its settings were chosen"
+    if name=='popularity': return Popularity(outer),{}
+    if name=='ials':
+        grid = [dict(alpha0=x, lam=l) for x in (0.03,0.1,0.3) for l in (0.003,)]+[dict(alpha0=0.1, lam=l) for l in (0.001,0.01)]
+        return solved(inner, held, outer, lambda d,**kw: IALS(d, n_factors=a.factors, n_iter=8, **kw), grid, name)
+    if name=='ease': return solved(inner, held, outer, EASE, [dict(reg=r) for r in (100.,300.,1000.)], name)
+    return trained(train, inner, held, outer, name, a)
+
+def table(df, a, save):
+    "Fit and judge every model asked for; `save` is told after each"
     train,test = (df[df.is_valid==v].reset_index(drop=True) for v in (False,True))
-    rng = np.random.default_rng(a.seed)
-    mask = rng.random(len(train))<0.1
+    mask = np.random.default_rng(a.seed).random(len(train))<0.1
     held = train[mask]
     inner,outer = loaders(train, mask, a.device, a.bs),loaders(train, np.zeros(len(train), bool), a.device, a.bs)
-    print(f'{outer.n_users-1:,} users, {outer.n_items-1:,} items, {len(train):,} training rows, {len(test):,} test rows of {test.user.nunique():,} users, '
+    size = dict(users=outer.n_users-1, items=outer.n_items-1, train=len(train), test=len(test))
+    print(f'{size["users"]:,} users, {size["items"]:,} items, {len(train):,} training rows, {len(test):,} test rows of {test.user.nunique():,} users, '
           f'{(~test.item.isin(train.item)).sum():,} of them with an item that has no training row; on {a.device}', flush=True)
     res = {}
-    for name in a.models:
-        t = time.time()
-        if name=='popularity': model,how = Popularity(outer),{}
-        elif name=='ials':
-            grid = [dict(alpha0=x, lam=l) for x in (0.03,0.1,0.3) for l in (0.003,)]+[dict(alpha0=0.1, lam=l) for l in (0.001,0.01)]
-            model,how = solved(inner, held, outer, lambda d,**kw: IALS(d, n_factors=a.factors, n_iter=8, **kw), grid, name)
-        elif name=='ease':
-            if not ease_fits(outer.n_items, a.device):
+    try:
+        for name in a.models:
+            t = time.time()
+            if name=='ease' and not ease_fits(outer.n_items, a.device):
                 print(f'  EASE is left out: {outer.n_items:,} items need about {3*8*outer.n_items**2/2**30:.0f} GiB', flush=True)
                 continue
-            model,how = solved(inner, held, outer, EASE, [dict(reg=r) for r in (100.,300.,1000.)], name)
-        else: model,how = trained(train, inner, held, outer, name, a)
-        res[name] = dict(**judge(model, outer, test), **how, seconds=time.time()-t)
-        print(f'{name}: recall@{k} {res[name]["recall"]:.4f}, NDCG@{k} {res[name]["ndcg"]:.4f} ({res[name]["seconds"]:.0f} s)', flush=True)
-        del model
-    return res,dict(users=outer.n_users-1, items=outer.n_items-1, train=len(train), test=len(test))
+            model,how = fitted(name, train, inner, held, outer, a)
+            res[name] = dict(**judge(model, outer, test), **how, seconds=time.time()-t)
+            print(f'{name}: recall@{k} {res[name]["recall"]:.4f}, NDCG@{k} {res[name]["ndcg"]:.4f} ({res[name]["seconds"]:.0f} s)', flush=True)
+            save(res, size)
+            del model
+    except KeyboardInterrupt: print(f'broken off at {name}: what was done before is kept', flush=True)
+    return res
 
 def args():
     p = argparse.ArgumentParser(description='recall@20 and NDCG@20 on data in the layout of LightGCN')
     p.add_argument('path', nargs='?', help='folder with train.txt and test.txt')
     p.add_argument('--synthetic', action='store_true', help="a made-up set of Gowalla's size")
-    p.add_argument('--models', nargs='+', choices=('popularity','ials','ease','mf','lightgcn'), help='default: all; LightGCN on a GPU only')
-    p.add_argument('--loss', choices=('softmax','ccl'), default='softmax')
-    p.add_argument('--temps', nargs='+', type=float, help='temperatures tried, or margins of CCL; default 0.08 0.1 0.14, CCL 0.8 0.9')
+    p.add_argument('--models', nargs='+', choices=('popularity','ials','ease','mf','lightgcn'), help='in this order; default: all, LightGCN on a GPU only')
+    p.add_argument('--loss', choices=('softmax','ccl','bpr'), default='softmax')
+    p.add_argument('--values', nargs='+', type=float, help=f'tried: temperatures of the softmax, margins of CCL, weight decays of BPR; default {values}')
     p.add_argument('--epochs', type=int, help='train for so many; default: as many as serve the held-out rows')
     p.add_argument('--max-epochs', type=int, default=200)
+    p.add_argument('--minutes', type=float, help='for each trained model, about; its settings share them; default: 60 on a CPU, no limit on a GPU')
     p.add_argument('--every', type=int, default=4, help='epochs between looks at the held-out rows')
     p.add_argument('--patience', type=int, default=3, help='looks without a gain before the end')
     p.add_argument('--factors', type=int, default=64)
@@ -165,15 +183,18 @@ def args():
     p.add_argument('--out', help='JSON to write; default: none, but with --synthetic the record beside this script')
     a = p.parse_args()
     if not a.path and not a.synthetic: p.error('PATH or --synthetic is needed')
-    if not a.models: a.models = ['popularity','ials','ease','mf'] + (['lightgcn'] if a.device!='cpu' else [])
-    if not a.temps: a.temps = [0.8,0.9] if a.loss=='ccl' else [0.08,0.1,0.14]
+    if not a.models: a.models = ['popularity','mf'] + (['lightgcn'] if a.device!='cpu' else []) + ['ials','ease']
+    if not a.values: a.values = values[a.loss]
+    if a.minutes is None: a.minutes = 60 if a.device=='cpu' else float('inf')
     return a
 
 if __name__=='__main__':
     a = args()
     df = stand_in() if a.synthetic else read_ratings(a.path, split='test')
-    res,size = table(df, a)
+    def save(res, size):
+        if not (a.out or a.synthetic): return
+        settings = {n: v for n,v in vars(a).items() if n not in ('path','out','minutes')}
+        record('lightgcn_layout', dict(what=f'recall@{k} and NDCG@{k} of every item ranked, as LightGCN evaluates', data=Path(a.path).name if a.path else 'synthetic',
+                                       size=size, settings=settings, results=res), a.out)
+    res = table(df, a, save)
     print(pd.DataFrame({n: {f'recall@{k}':r['recall'], f'NDCG@{k}':r['ndcg'], 'seconds':round(r['seconds'])} for n,r in res.items()}).T.round(4).to_string())
-    settings = {n: v for n,v in vars(a).items() if n not in ('path','out')}
-    if a.out or a.synthetic: record('lightgcn_layout', dict(what=f'recall@{k} and NDCG@{k} of every item ranked, as LightGCN evaluates', data=Path(a.path).name if a.path else 'synthetic',
-                                    size=size, settings=settings, results=res), a.out)

@@ -54,7 +54,7 @@ def test_evaluation_is_that_of_the_paper(script, folder):
     assert len(known[7])==4, 'an item that nobody has counts among those to be found'
 
 def test_the_script_runs_and_finds_the_tastes(folder, tmp_path):
-    cmd = [sys.executable, 'benchmarks/lightgcn_layout.py', str(folder), '--models', 'popularity','ials','ease','mf','lightgcn', '--temps', '0.2',
+    cmd = [sys.executable, 'benchmarks/lightgcn_layout.py', str(folder), '--models', 'popularity','ials','ease','mf','lightgcn', '--values', '0.2',
            '--max-epochs', '24', '--every', '8', '--bs', '64', '--n-neg', '32', '--factors', '8', '--lr', '0.01', '--device', 'cpu', '--out', str(tmp_path/'o.json')]
     r = subprocess.run(cmd, capture_output=True, text=True, cwd=root)
     assert r.returncode==0, r.stderr[-2000:]
