@@ -145,6 +145,7 @@ class Writer:
             up = '../'*page.doc.count('/')
             if f.suffix=='.ipynb': rel = f.relative_to(nbs).with_suffix('.md').as_posix()
             elif rel.startswith('benchmarks/') and f.suffix in ('.py','.json'): rel,frag = f'benchmarks/{self.record(f)}.md',''
+            elif rel=='benchmarks': rel = 'benchmarks/index.md'
             elif rel in ('CONTRIBUTING.md','CHANGELOG.md'): rel = rel.lower()
             else: continue
             return f'{up}{rel}' + (f'#{frag}' if frag else '')
