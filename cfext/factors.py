@@ -19,19 +19,21 @@ from .data import *
 from .models import *
 from .loop import _asks,_Books,_fused_kind,lay_out,FusedAdam
 
-# %% ../nbs/05c_factors.ipynb #057e0e02
+# %% ../nbs/05c_factors.ipynb #00fe511c
 class FactorGrad:
     "Loss and gradients of the mean squared error of a `DotProduct` or `DotProductBias`, without autograd"
     names = 'user_factors','item_factors','user_bias','item_bias'
     def __init__(self,
         model:DotProduct, # its tables are read, and gradients are made for them
     ):
-        self.params = [getattr(model, n) for n in self.names if hasattr(model, n)]
+        self.params = self.tables_of(model)
         ts = [p.data for p in self.params]
         self.flat = torch.zeros(sum(t.numel() for t in ts), device=ts[0].device)
         self.grads = [g.view_as(t) for g,t in zip(self.flat.split([t.numel() for t in ts]), ts)]
         self.tables,self.sums = [[t.view(-1) if t.shape[1]==1 and j>1 else t for j,t in enumerate(o)] for o in (ts, self.grads)]
         self.y_range,self.offset = model.y_range,float(getattr(model, 'offset', 0.))
+    @classmethod
+    def tables_of(cls, model): return [getattr(model, n) for n in cls.names if hasattr(model, n)]
     def scores(self, u, i):
         "Factors of the rows, and their scores"
         P,Q,*bias = self.tables
