@@ -24,6 +24,9 @@ class Path(CFLearner):
     path_ = 'lean'
     def _fast_epoch(self):
         if self.path_=='lean': return lean_epoch(self)
+        if self.path_=='written':
+            assert factor_hurdle(self) is None
+            return factor_epoch(self)
         assert capture_hurdle(self) is None
         return captured_epoch(self, record=self.path_=='cuda')
 
@@ -141,6 +144,37 @@ def test_fit_after_load(path, tmp_path):
         l.load('a')
         l.fit_one_cycle(1, 0.01)
     same(how, path)
+
+@pytest.mark.parametrize('kw', [dict(unk_p=0.05), dict(weights=True), dict(bs=37), dict(bs=4801), dict(drop_last=True), dict(cls=DotProduct),
+                                dict(opt_func=opts['adam_l2'], splitter=split)], ids=lambda kw: '-'.join(kw))
+def test_written_out(kw): same(path='written', **kw)
+
+@pytest.mark.parametrize('sched', scheds)
+def test_written_out_schedules(sched): same(scheds[sched], 'written')
+
+def test_written_out_frozen():
+    def how(l):
+        l.create_opt()
+        l.opt.freeze_to(-1)
+        l.fit_one_cycle(1, 0.02)
+        l.opt.unfreeze()
+        l.fit_one_cycle(1, slice(1e-3, 1e-2))
+    same(how, 'written', splitter=split)
+
+def test_only_what_is_known_is_written_out():
+    class Mine(DotProductBias):
+        def forward(self, x): return super().forward(x)*2
+    for kw,why in ((dict(cls=Mine), 'the model is Mine'), (dict(opt_func=SGD), 'not fastai'), (dict(cbs=lambda: GradientClip(1.)), 'gradient_clip'),
+                   (dict(loss_func=L1LossFlat()), 'not MSELossFlat')):
+        learn = make('lean', **kw)
+        learn.dl = learn.dls.train
+        learn.create_opt()
+        assert why in factor_hurdle(learn)
+    learn = make('lean')
+    learn.dl,_ = learn.dls.train,learn.create_opt()
+    assert factor_hurdle(learn) is None
+    learn.model.register_forward_hook(lambda *args: None)
+    assert 'plain float32' in factor_hurdle(learn)
 
 def test_bf16_where_there_is_no_gpu():
     same(path='steps', cbs=lambda: MixedPrecision('bf16'))
