@@ -5,8 +5,9 @@ precision at 10; cfext's time includes choosing the ten best. torchmetrics sorts
 ranx runs on the first tenth of the users, once compiled, and its time is given with and without the making of its own containers.
 The values are compared: torchmetrics divides average precision by the relevant items that are listed, the others by all of them.
 
-    python benchmarks/metrics_speed.py            # two repeats (torchmetrics takes minutes)
-    python benchmarks/metrics_speed.py --quick    # one, 5,000 users
+    python benchmarks/metrics_speed.py                # two repeats (torchmetrics takes minutes)
+    python benchmarks/metrics_speed.py --device cuda  # the arrays of cfext and torchmetrics on a GPU, into a record of its own
+    python benchmarks/metrics_speed.py --quick        # one, 5,000 users
 
 Needs torchmetrics and ranx: pip install torchmetrics ranx.
 """
@@ -19,6 +20,7 @@ from cfext.metrics import list_measures
 from common import mean_sd,record
 
 quick = '--quick' in sys.argv
+device = sys.argv[sys.argv.index('--device')+1] if '--device' in sys.argv else 'cpu'
 n,m,k = (5_000 if quick else 100_000),100,10
 names = dict(recall='recall@10', NDCG='ndcg@10', MAP='map@10')
 names['hit rate'] = 'hit_rate@10'
@@ -28,12 +30,12 @@ def made():
     rng = np.random.default_rng(0)
     score = rng.random((n,m), dtype=np.float32)
     rel = rng.random((n,m)).argsort(1)<rng.integers(1, 6, (n,1))
-    return tuple(torch.from_numpy(np.ascontiguousarray(o).reshape(-1)) for o in (np.repeat(np.arange(n), m), score, rel))
+    return tuple(torch.from_numpy(np.ascontiguousarray(o).reshape(-1)).to(device) for o in (np.repeat(np.arange(n), m), score, rel))
 
 def cf(user, score, rel):
     n = len(user)//m
     recs = top_places(score.view(n, m), k)[1]
-    hits = hit_matrix(recs, torch.stack([user, torch.arange(m).repeat(n)], 1)[rel])
+    hits = hit_matrix(recs, torch.stack([user, torch.arange(m, device=user.device).repeat(n)], 1)[rel])
     return {f: list_measures[f](*hits).nanmean().item() for f in names}
 
 def tm(user, score, rel):
@@ -50,7 +52,7 @@ def rx(user, score, rel):
     import ranx
     ids = np.array([f'd{i}' for i in range(m)])
     n = len(user)//m
-    s,r,u = (o.view(n, m).numpy() for o in (score, rel, user))
+    s,r = (o.view(n, m).cpu().numpy() for o in (score, rel))
     run = ranx.Run({f'q{i}': dict(zip(ids, map(float, s[i]))) for i in range(n)})
     qrels = ranx.Qrels({f'q{i}': {d: 1 for d in ids[r[i]]} for i in range(n)})
     t = time.perf_counter()
@@ -77,7 +79,7 @@ if __name__=='__main__':
     print('ranx on a tenth', f'{with_making:.2f} s, {alone:.2f} without containers, cfext {tenth:.3f}', vals['ranx'], vals['cfext on the tenth'], flush=True)
     med = {a: float(np.median(b)) for a,b in ts.items()}
     print(f"torchmetrics/cfext {med['torchmetrics']/med['cfext']:.1f}, ranx/cfext {with_making/tenth:.1f}, {alone/tenth:.1f}")
-    if not quick: record('metrics_speed', dict(what=f'seconds for {", ".join(names)} at {k} of {n:,} users with {m} scored candidates each',
+    if not quick: record('metrics_speed' if device=='cpu' else 'metrics_speed_gpu', dict(what=f'seconds for {", ".join(names)} at {k} of {n:,} users with {m} scored candidates each',
         versions={p: version(p) for p in ('torchmetrics','ranx')}, seconds={a: mean_sd(b) for a,b in ts.items()},
         ranx_on_a_tenth=dict(seconds=with_making, without_containers=alone, cfext=tenth), values=vals,
         ratio_of_medians=dict(torchmetrics=med['torchmetrics']/med['cfext'], ranx=with_making/tenth, ranx_without_containers=alone/tenth)))

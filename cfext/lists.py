@@ -140,5 +140,7 @@ def recommend(self:ItemIndex,
     "Recommend nearly the best items for each user, by the index"
     dls = self.learn.dls
     ids = dls.classes[dls.user_name].ids if users is None else pd.Index([plain(users)] if np.ndim(users)==0 else users)
-    recs,scores = self.top_items(dls.encode_ids(ids, 'user', 'raise'), check_pos(k, 'k'), 'all' if exclude_seen else None)
+    recs,scores = self.top_items(known_codes(dls, ids, 'user'), check_pos(k, 'k'), 'all' if exclude_seen else None)
+    short = int(((recs>=0).sum(1)<k).sum())
+    if short: warnings.warn(f"{short:,} of {len(ids):,} lists hold fewer than `k`={k} items: there were no more that the user has not seen", stacklevel=2)
     return lists_frame(dls, ids, recs, scores)

@@ -23,6 +23,7 @@ def hit_matrix(
     "Mark the places of each list that hold a relevant item, and count the relevant items"
     if recs.ndim!=2 or targets.ndim!=2 or targets.shape[1]!=2:
         raise ValueError(f"expected `recs` (n,k) and `targets` (m,2), got {tuple(recs.shape)} and {tuple(targets.shape)}")
+    if len(targets) and targets.min()<0: raise ValueError("`targets` hold numbers below 0: expected rows of `recs` and item codes")
     n = len(recs)
     width = 1+max(int(recs.max()) if recs.numel() else 0, int(targets[:,1].max()) if len(targets) else 0)
     keys = torch.unique(targets[:,0]*width + targets[:,1])
@@ -157,13 +158,13 @@ def diversity(
 def errors_by_group(
     preds, # (n,) or (n,1) predictions
     targs, # (n,) or (n,1) targets
-    groups, # (n,) group of each row, of any type
+    groups, # (n,) group of each row, of any type; rows without one are a group too
 )->pd.DataFrame: # a row a group: n, RMSE, MAE, bias (mean of prediction minus target)
     "Compute the errors of each group's rows"
     p,t = (np.asarray(to_cpu_array(o), dtype=float).reshape(-1) for o in (preds,targs))
     if not len(p)==len(t)==len(groups): raise ValueError(f"{len(p)} predictions, {len(t)} targets and {len(groups)} groups should be as many")
     d = pd.DataFrame(dict(group=np.asarray(groups), e=p-t))
-    res = d.assign(sq=d.e**2, ab=d.e.abs()).groupby('group', observed=True).agg(n=('e','size'), RMSE=('sq','mean'), MAE=('ab','mean'), bias=('e','mean'))
+    res = d.assign(sq=d.e**2, ab=d.e.abs()).groupby('group', observed=True, dropna=False).agg(n=('e','size'), RMSE=('sq','mean'), MAE=('ab','mean'), bias=('e','mean'))
     return res.assign(RMSE=res.RMSE**0.5)
 
 def to_cpu_array(

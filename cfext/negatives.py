@@ -100,8 +100,10 @@ class SeenItems:
         keys = keys[(keys%n_items>0)&(keys>=n_items)]
         user,item = keys.div(n_items, rounding_mode='floor'),keys%n_items
         self.n_items,self.keys = n_items,keys
+        self.marks = torch.zeros(min(n_users*n_items, max(16*len(keys), 1)), dtype=torch.bool, device=x.device)
+        self.marks[keys%len(self.marks)] = True
         self.starts = F.pad(torch.bincount(user, minlength=n_users).cumsum(0), (1,0))
-        self.cum = w.cumsum(0)
+        self.cum,self.even = w.cumsum(0),bool((w[1:]==1).all())
         self.total = self.cum[-1:]
         self.before = F.pad(w[item].cumsum(0), (1,0))
         own = self.before[:-1]-self.before[self.starts[user]]
@@ -110,20 +112,10 @@ class SeenItems:
         self.mass = self.before[self.starts[1:]]-self.before[self.starts[:-1]]
 
 # %% ../nbs/04a_negatives.ipynb #12d25d8f
-@patch
-def draw(self:SeenItems,
-    users:Tensor, # (bs,) long codes
-    n:int, # draws a user, with replacement
-    gen:torch.Generator|None=None, # generator on the device; None: torch's own
-)->Tensor: # (bs,n) long codes; 0 for a user who has seen everything
-    "Draw items that each user has not seen, with probability proportional to their weights"
-    left = (self.total-self.mass[users])[:,None]
-    u = torch.rand(len(users), n, generator=gen, device=users.device, dtype=torch.float64)
-    t = torch.minimum((u*left).long(), left-1)
-    first = self.starts[users][:,None]
-    k = torch.searchsorted(self.gaps, users[:,None]*self.span + t, right=True)
-    back = self.before[k]-self.before[first]
-    return torch.searchsorted(self.cum, t+back, right=True)*(left>0)
+def _among(keys, ask):
+    "Is each of `ask` one of the sorted `keys`?"
+    if not len(keys): return torch.zeros_like(ask, dtype=torch.bool)
+    return keys[torch.searchsorted(keys, ask).clamp(max=len(keys)-1)]==ask
 
 @patch
 def has(self:SeenItems,
@@ -132,9 +124,40 @@ def has(self:SeenItems,
 )->Tensor: # (bs,n) bool
     "Look up whether users have seen items"
     ask = users[:,None]*self.n_items + items
-    if not len(self.keys): return torch.zeros_like(ask, dtype=torch.bool)
-    at = torch.searchsorted(self.keys, ask).clamp(max=len(self.keys)-1)
-    return self.keys[at]==ask
+    if ask.is_cuda: return _among(self.keys, ask)
+    res = self.marks.take(ask%len(self.marks))
+    return res.masked_scatter_(res, _among(self.keys, ask[res]))
+
+@patch
+def draw_around(self:SeenItems,
+    users:Tensor, # (bs,) long codes
+    n:int, # draws a user, with replacement
+    gen:torch.Generator|None=None, # generator on the device; None: torch's own
+)->Tensor: # (bs,n) long codes; 0 for a user who has seen everything
+    "Draw items that each user has not seen, with probability proportional to their weights, in one go"
+    left = (self.total-self.mass[users])[:,None]
+    u = torch.rand(len(users), n, generator=gen, device=users.device, dtype=torch.float64)
+    t = torch.minimum((u*left).long(), left-1)
+    first = self.starts[users][:,None]
+    k = torch.searchsorted(self.gaps, users[:,None]*self.span + t, right=True)
+    back = self.before[k]-self.before[first]
+    return torch.searchsorted(self.cum, t+back, right=True)*(left>0)
+
+
+# %% ../nbs/04a_negatives.ipynb #bf859eb4
+@patch
+def draw(self:SeenItems,
+    users:Tensor, # (bs,) long codes
+    n:int, # draws a user, with replacement
+    gen:torch.Generator|None=None, # generator on the device; None: torch's own
+)->Tensor: # (bs,n) long codes; 0 for a user who has seen everything
+    "Draw items that each user has not seen, with probability proportional to their weights, as is best for the device"
+    if users.is_cuda or self.n_items<2: return self.draw_around(users, n, gen)
+    t = torch.randint(1 if self.even else 0, self.n_items if self.even else int(self.total), (len(users),n), generator=gen)
+    items = t if self.even else torch.searchsorted(self.cum, t, right=True)
+    had = self.has(users, items)
+    return items.masked_scatter_(had, self.draw_around(users[had.nonzero()[:,0]], 1, gen))
+
 
 # %% ../nbs/04a_negatives.ipynb #6ebc2133
 class NegativeSampler:
@@ -168,6 +191,8 @@ def draw(self:NegativeSampler,
     x:Tensor, # (bs,2) long codes of user and positive item
     gen:torch.Generator|None=None, # generator on the device; None: torch's own
     score=None, # for 'hard': function from users (bs,) and items (bs,n) to scores (bs,n)
+    *,
+    with_logq:bool=True, # work out ln q?
 )->tuple: # (items (bs,n) or (n,) long, keep (bs,n) bool, ln q (bs,n) float or None)
     "Draw negatives for each row"
     users,pos = x[:,0],x[:,1]
@@ -178,7 +203,8 @@ def draw(self:NegativeSampler,
     elif self.seen: neg = s.draw(users, self.n_neg, gen)
     else: neg = s.draw(rows, self.n_neg, gen)
     keep = (neg!=pos[:,None]) & (neg>0)
-    if self.seen: keep = keep & ~s.has(users, neg)
+    if self.seen and neg.ndim==1: keep = keep & ~s.has(users, neg)
+    if not with_logq: return neg,keep,None
     out = torch.where(s.has(users, pos[:,None])[:,0], s.mass[users], s.mass[users]+self.weights[pos]) if self.seen else self.weights[pos]
     left = (s.total-out).clamp(min=1)
     logq = self.logw[neg]-left.double().log().float()[:,None]
@@ -249,7 +275,8 @@ def after_pred(self:Negatives):
     if type(loss) is FullSoftmaxLoss: rest = _log_sum_exp(self.model, x[:,0], loss.temp, self.ds.n_items)
     else:
         score = lambda users,items: _pair_scores(self.model, users, items)
-        items,keep,logq = self.sampler.draw(x, self.gen if self.training else self.valid_gen, score)
+        with_logq = type(loss).adjust is not RankingLoss.adjust
+        items,keep,logq = self.sampler.draw(x, self.gen if self.training else self.valid_gen, score, with_logq=with_logq)
         rest = score(x[:,0], items).float().masked_fill(~keep, -torch.inf)
         rest = loss.adjust(rest, logq)
     self.learn.pred = torch.cat([pos, rest], 1)

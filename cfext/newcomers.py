@@ -18,6 +18,7 @@ from .models import *
 from .losses import *
 from .negatives import *
 from .closed import *
+from .graph import *
 from .learner import *
 from .recommend import *
 
@@ -132,9 +133,18 @@ def _more_ids(m, ids):
     return IdMap(m.ids.append(fresh) if len(fresh) else m.ids)
 
 # %% ../nbs/10b_newcomers.ipynb #3ae92ccd
-def _kind(learn, how):
+def _flat(model):
+    "The model; a plain dot product of the same scores where its factors are computed"
+    if not isinstance(model, BuiltFactors): return model
+    flat = BuiltFactors.without_rows(model)
+    if not getattr(model, 'cosines', False): return flat
+    res = CosineProduct(model.n_users, model.n_items, flat.user_factors.shape[1], model.y_range)
+    res.load_state_dict(flat.state_dict())
+    return res.to(flat.user_factors.device)
+
+def _kind(learn, model, how):
     "How rows are found: 'ridge', 'ials' or 'steps'"
-    model,rank = learn.model,isinstance(learn.loss_func, RankingLoss)
+    rank = isinstance(learn.loss_func, RankingLoss)
     how = ifnone(how, 'ials' if isinstance(model, IALS) else 'steps' if rank else 'ridge')
     check_choice(how, 'how', ('ridge','ials','steps'))
     if how=='steps' and not isinstance(model, DotProduct): raise TypeError(f"{type(model).__name__} cannot take newcomers: rows are found only for dot products")
@@ -221,7 +231,8 @@ def fold_in(self:CFLearner,
     seed:int=0, # for 'steps': of order and negatives
 )->CFLearner: # a new learner that knows the new ids; this one is left as it is
     "Add users (or items) that were not there in training, their rows solved for and nothing else changed"
-    ds,model,how = self.dls.train_ds,self.model,_kind(self, how)
+    ds,model = self.dls.train_ds,_flat(self.model)
+    how = _kind(self, model, how)
     j = ('user','item').index(check_choice(role, 'role', ('user','item')))
     check_cols(interactions, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
     name,other,odd = ds.cat_names[j],ds.cat_names[1-j],('item','user')[j]
@@ -253,12 +264,13 @@ def partial_fit(self:CFLearner,
     seed:int=0, # for 'steps': of order and negatives
 )->CFLearner: # a new learner that knows the new rows and ids; this one is left as it is
     "Learn from new rows: add users and items, and solve for those and for the known users that are named"
-    ds,how = self.dls.train_ds,_kind(self, how)
+    ds,model = self.dls.train_ds,_flat(self.model)
+    how,old = _kind(self, model, how),model
     check_cols(rows, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
     if not len(rows): raise ValueError("`rows` is an empty frame: there is nothing to learn from")
     classes = {n: _more_ids(ds.classes[n], rows[n]) for n in ds.cat_names}
     x,y = _codes(self, rows, classes)
-    dls,model,todo,solved = _with_rows(self.dls, classes, x, y),self.model,{},{}
+    dls,todo,solved = _with_rows(self.dls, classes, x, y),{},{}
     for j,(role,n) in enumerate(zip(('user','item'), ds.cat_names)):
         model,had = _bigger(model, role, len(classes[n])-len(ds.classes[n])),len(ds.classes[n])
         solved[role] = torch.arange(len(classes[n]), device=x.device)<had
@@ -268,7 +280,7 @@ def partial_fit(self:CFLearner,
     todo = {r: c for r,c in todo.items() if len(c)}
     if how=='steps' and todo: _descend(self, model, dls, todo, epochs, lr, seed)
     if how!='steps':
-        prior = {r: RowPrior(self.model, ds, r) if how=='ridge' else None for r in todo}
+        prior = {r: RowPrior(old, ds, r) if how=='ridge' else None for r in todo}
         for _ in range(check_pos(rounds, 'rounds')):
             for role,other in (('item','user'),('user','item')):
                 if role in todo: solved[role][_solve_rows(model, dls.train_ds, role, todo[role], solved[other], prior[role])] = True

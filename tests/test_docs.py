@@ -45,6 +45,36 @@ def test_a_page_for_each_notebook(site):
         if '.ipynb_checkpoints' not in p.parts: assert (site/p.relative_to(root/'nbs').with_suffix('.html')).exists(), p.name
     for p in (root/'benchmarks').glob('*.json'): assert (site/'benchmarks'/f'{p.stem}.html').exists(), p.name
 
+def test_each_record_is_read_and_what_is_missing_is_said(tmp_path):
+    "Every record has charts of its own; a script without a record is named; a record of another shape is shown as it is"
+    from bench import write_benchmarks
+    from records import view
+    for p in (root/'benchmarks').glob('*.json'):
+        v = view(p.stem, json.loads(p.read_text()))
+        assert v.title and any(v.parts) and not any('another shape' in o for o in v.short), (p.name, v.short)
+    src = tmp_path/'benchmarks'
+    src.mkdir()
+    for n in ('loop.py','loaders.py'): (src/n).write_text((root/'benchmarks'/n).read_text())
+    side = dict(seconds={'fastai':4., 'cfext':1.}, times_faster={'fastai':1., 'cfext':4.}, all={'fastai':[4.,5.,4.], 'cfext':[1.,1.,1.]})
+    grow = {k:{str(n):dict(s=n/1e4, us_a_step=float(n)) for n in ns} for k,ns in dict(rows=(10**5,10**6), catalogue=(10**3,10**5), factors=(8,256)).items()}
+    (src/'loop_cpu.json').write_text(json.dumps({'date':'2026-01-02', 'command':'c', 'machine':dict(cpu='Some CPU', cores=2), 'ML-100K, bs 64':side, 'growth':grow}))
+    assert list(write_benchmarks(src, tmp_path/'out'))==['loop_cpu']
+    md = (tmp_path/'out'/'loop_cpu.md').read_text()
+    assert md.count('<svg class="lines"')==6 and '1M 1,000,000' in md and '4 times as fast' in md
+    for o in ('2026-01-02','Some CPU','python benchmarks/loop.py','def growth'): assert o in md, o
+    index = (tmp_path/'out'/'index.md').read_text()
+    assert 'Not recorded yet' in index and '`python benchmarks/loop.py`, on a GPU' in index and '`python benchmarks/loaders.py`' in index and '1 ahead, 0 even, 0 behind' in index
+    (src/'loop_cpu.json').write_text(json.dumps({'date':'2026-01-02', 'machine':'m', 'ML-100K, bs 64':dict(seconds=[1,2])}))
+    write_benchmarks(src, tmp_path/'out')
+    md = (tmp_path/'out'/'loop_cpu.md').read_text()
+    assert 'another shape' in md and 'ML-100K, bs 64' in md
+
+@pytest.mark.parametrize('got,want,kw,says', [(.8,.9,{},'ahead by 11.1%'), (.8,.9,dict(less=False),'behind by 11.1%'), (.89,.9,dict(sd=.02),'even'), (2.,8.,dict(time=True),'ahead: 4 times'),
+                                              (8.,2.,dict(time=True),'behind: 4 times'), (None,2.,{},'not recorded'), (1.,1.,{},'even')])
+def test_ahead_and_behind(got, want, kw, says):
+    from records import Held
+    assert Held('x', got, want, 'y', **kw).outcome().startswith(says)
+
 def test_every_public_name_has_its_place(site):
     import cfext
     text = {p: p.read_text(encoding='utf-8') for p in pages(site)}

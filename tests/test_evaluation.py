@@ -155,6 +155,17 @@ def test_compare_is_the_paired_test_of_what_evaluate_says(learn):
     twin = cf_learner(learn.dls, n_factors=3, y_range=(0.5,5.5), seed=9)
     assert learn.compare(twin, k=5).users.tolist()==[len(held.users)]*2
 
+def test_models_without_a_learner_and_baselines_of_other_loaders(learn):
+    ease = EASE(learn.dls, 50.)
+    rep,own = evaluate(ease, k=5, dls=learn.dls),learn.evaluate(k=5, baselines=dict(EASE=ease))
+    assert rep['NDCG@5'].iloc[0]==own['NDCG@5']['EASE'] and rep.index[0]=='EASE'
+    rows = learn.dls.valid_ds.frame((learn.dls.valid_ds.x[:50],))
+    pd.testing.assert_frame_equal(evaluate(learn, rows, 4, False, n_sampled=7), learn.evaluate(4, rows, exclude_seen=False, n_sampled=7))
+    with pytest.raises(ValueError, match='EASE is no learner'): evaluate(ease)
+    few = CFDataLoaders.from_df(synth_ratings(30, 90, 600), item_name='title', seed=3, device='cpu')
+    with pytest.raises(ValueError, match=r"`baselines`\['pop'\] knows 30 users"): learn.evaluate(baselines=dict(pop=Popularity(few)))
+    with pytest.raises(TypeError, match='`baselines` should be {name: model}'): learn.evaluate(baselines=[ease])
+
 def test_metrics_of_a_part_of_the_users_and_of_nan(learn):
     l = cf_learner(learn.dls, n_factors=3, seed=0, metrics=list_metrics('NDCG', k=5, n_users=20, seed=2))
     val = l.validate()[1]

@@ -81,15 +81,35 @@ def test_seen_items_hold_what_was_seen():
     assert [(u,i) for u in range(n_users) for i in range(n_items) if s.has(us, its)[u,i]]==sorted(have)
     none = SeenItems(x[:0], n_users, n_items)
     assert not none.has(us, its).any() and (none.draw(us, 50)>0).all()
+    assert not SeenItems(x[:0], n_users, 1).draw(us, 2).any()
 
+def test_marks_of_a_large_catalogue_are_few_and_never_wrong():
+    g = torch.Generator().manual_seed(0)
+    x = torch.stack([torch.randint(1, 900, (4000,), generator=g),torch.randint(1, 800, (4000,), generator=g)], 1)
+    s = SeenItems(x, 900, 800)
+    assert len(s.marks)==16*len(s.keys)<900*800
+    want = torch.zeros(900, 800, dtype=torch.bool)
+    want[x[:,0],x[:,1]] = True
+    assert torch.equal(s.has(torch.arange(900), torch.arange(800)), want)
+
+def test_ln_q_is_worked_out_where_a_loss_asks_for_it():
+    ds = dls_of().train_ds
+    s,b = NegativeSampler(ds, 6),ds.x[:9].long()
+    a,bare = (s.draw(b, torch.Generator().manual_seed(0), with_logq=o) for o in (True,False))
+    assert torch.equal(a[0], bare[0]) and torch.equal(a[1], bare[1]) and a[2].shape==(9,6) and bare[2] is None
+
+@pytest.mark.parametrize('how,n_marks', [('draw',None), ('draw',7), ('draw_around',None)])
 @pytest.mark.parametrize('alpha', [0., 0.75, 1.])
-def test_draws_follow_the_weights_among_unseen_items(alpha):
+def test_draws_follow_the_weights_among_unseen_items(alpha, how, n_marks):
     from scipy.stats import chisquare
     count = torch.tensor([0,50,3,40,7,1,20,9,30,2,15,60])
     w = item_weights(count, alpha)
     s = SeenItems(x, n_users, n_items, w)
+    if n_marks: # so few places that they collide
+        s.marks = torch.zeros(n_marks, dtype=torch.bool)
+        s.marks[s.keys%n_marks] = True
     n = 40_000
-    d = s.draw(torch.arange(1, n_users), n, torch.Generator().manual_seed(0))
+    d = getattr(s, how)(torch.arange(1, n_users), n, torch.Generator().manual_seed(0))
     for u,row in enumerate(d, 1):
         seen = {i for v,i in x.tolist() if v==u and i}
         free = [i for i in range(1, n_items) if i not in seen]

@@ -81,6 +81,11 @@ def test_errors_by_group_against_pandas():
         e = (p-t)[g==k]
         np.testing.assert_allclose(got.loc[k], [len(e), np.sqrt((e**2).mean()), np.abs(e).mean(), e.mean()])
 
+def test_rows_without_a_group_are_a_group_and_targets_below_zero_an_error():
+    by = errors_by_group([1.,2.,4.], [1.,1.,1.], ['a',None,None])
+    assert by.n.tolist()==[1,2] and by.index.isna().tolist()==[False,True] and by.MAE.tolist()==[0,2]
+    with pytest.raises(ValueError, match='numbers below 0'): hit_matrix(torch.tensor([[1,2]]), torch.tensor([[-1,2]]))
+
 def test_interval_covers_and_paired_test_is_calibrated():
     rng = np.random.default_rng(0)
     inside,ps = 0,[]

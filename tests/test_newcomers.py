@@ -166,6 +166,26 @@ def test_new_items_of_a_ranking_model_are_found_by_those_who_like_them():
     us = torch.arange(1, 101)
     assert got.model.score_items(us)[:,-1].mean()>other.model.score_items(us)[:,-1].mean()
 
+@pytest.mark.parametrize('cls,config', [(LightGCN,dict(n_layers=2)), (LightGCN,dict(n_layers=1, unit=True)), (SideProduct,dict(id_p=0.1))], ids=['graph','unit graph','sides'])
+@pytest.mark.parametrize('loss', ['rank','ratings'])
+def test_computed_factors_take_newcomers_as_they_stand(cls, config, loss):
+    if loss=='ratings' and 'unit' in config: pytest.skip('cosines are for lists')
+    df = synth_ratings(120, 60, 3000)
+    dls = CFDataLoaders.from_df(df[df.user<=100], item_name='title', rating_name='rating' if loss=='ratings' else None, seed=0, device='cpu', bs=64)
+    if cls is SideProduct: config = dict(config, items=df[['title','genre']].drop_duplicates('title'))
+    torch.manual_seed(0)
+    learn = cf_learner(dls, cls, n_factors=4, config=config, loss_func=SampledSoftmaxLoss(0.3) if loss=='rank' else None, seed=0)
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 0.03)
+    new = df[df.user>100]
+    users = torch.arange(dls.n_users)
+    with torch.no_grad(): want = learn.model.eval().score_items(users)
+    for got in (learn.fold_in(new), learn.partial_fit(new)):
+        assert isinstance(got.model, DotProduct) and getattr(got.model, 'cosines', False)==config.get('unit', False)
+        with torch.no_grad(): torch.testing.assert_close(got.model.score_items(users), want, atol=1e-5, rtol=1e-4)
+        rows = got.model.user_factors[dls.n_users:].detach()
+        assert len(rows.unique(dim=0))==new.user.nunique() and len(got.recommend(new.user.unique(), k=3))==3*new.user.nunique()
+    with torch.no_grad(): torch.testing.assert_close(learn.model.score_items(users), want)
+
 def day(learn):
     "New users, new items, known users, and an item that only new users know"
     ids = learn.dls.classes

@@ -210,6 +210,11 @@ def test_sets_of_each_user_and_rules(learn):
     with pytest.raises(ValueError, match=r'`candidates` gave \(3,\)'): learn.recommend(5, candidates=lambda us: [True]*3)
     assert len(learn.recommend(5, candidates={9:t9}))==0 and len(learn.recommend(5, candidates={}))==0
 
+def test_unknown_items_are_to_be_left_out(learn):
+    for f in (lambda: learn.recommend(5, candidates=['Nowhere']), lambda: learn.similar_items('Nowhere'), lambda: learn.evaluate(candidates=['Nowhere'])):
+        with pytest.raises(UnknownIdError, match="'Nowhere'; leave them out"): f()
+    with pytest.raises(UnknownIdError, match='the known ids are int64, these are str'): learn.similar_users('5')
+
 def naive_mmr(recs, scores, V, k, div):
     recs = [i for i in recs if i>=0]
     if not recs: return []

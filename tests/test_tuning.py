@@ -69,6 +69,8 @@ def test_bad_spaces_and_a_missing_extra(dls, monkeypatch):
     pytest.importorskip('optuna')
     for s in ((1,), (2,1), (1,2,'exp'), 'lr', [], ('a','b')):
         with pytest.raises(ValueError, match=r"`space`\['lr'\]"): tune(dls, dict(lr=s), n_trials=1, bar=False)
+    with pytest.raises(ValueError, match='`space` is empty'): tune(dls, {}, n_trials=1, bar=False)
+    with pytest.raises(ValueError, match='low above 0'): tune(dls, dict(lr=(0.,0.1,'log')), n_trials=1, bar=False)
     with pytest.raises(ValueError, match='`n_trials`=0'): tune(dls, space, n_trials=0, bar=False)
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match=r"cfext\[tune\]"): tune(dls, space)
