@@ -22,6 +22,7 @@ from fastcore.all import *
 from fastprogress.fastprogress import progress_bar
 from .core import *
 from .data import *
+from .capture import _aside
 from .loop import *
 from .loop import _asks,_Books,_OwnStep,_fused_kind
 from .learner import *
@@ -202,7 +203,6 @@ class _Replay:
     def __init__(self, together, rows, n):
         dev = together.device
         self.together,self.n,self.graph,self.records = together,n,None,dev.type=='cuda'
-        self.stream = torch.cuda.Stream(dev) if self.records else None # the default stream can't be recorded
         self.i,self.cols,self.nums = torch.zeros(1, dtype=torch.long, device=dev),None,None
         self.losses = torch.zeros(n, len(rows), device=dev)
     def load(self, rows):
@@ -226,22 +226,13 @@ class _Replay:
         "Capture the step as a CUDA graph, without running it"
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream): self.step()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): self.step()
             self.graph = graph
         except RuntimeError as e:
             self.records = False
             print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
 # %% ../nbs/14g_many.ipynb #4ac400f3
-@contextmanager
-def _on(stream):
-    "Run a block on a stream of its own, after what came before it and before what comes after"
-    if stream is None: yield; return
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream): yield
-    finally: torch.cuda.current_stream().wait_stream(stream)
-
 @patch
 def _whole(self:_Together, rows, done, losses, n_warm=3):
     "Run the steps that lie on the device; `done` is told of each"
@@ -249,7 +240,7 @@ def _whole(self:_Together, rows, done, losses, n_warm=3):
     if n==0: return 0
     if self.replay is None or self.replay.n!=n: self.replay = _Replay(self, rows, n)
     r,ran = self.replay,0
-    with _on(r.stream):
+    with _aside(self.device): # the default stream can't be recorded
         r.load(rows)
         try:
             for i in range(n):
