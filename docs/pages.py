@@ -140,6 +140,7 @@ class Writer:
         path,_,frag = url.partition('#')
         for base in (page.path.parent, root):
             f = Path(os.path.normpath(base/path))
+            if f.suffix=='.html' and f.with_suffix('.ipynb').exists(): f = f.with_suffix('.ipynb') # as Quarto's pages are linked
             if not f.exists() or root not in f.parents: continue
             rel = f.relative_to(root).as_posix()
             up = '../'*page.doc.count('/')
