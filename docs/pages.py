@@ -133,7 +133,7 @@ class Writer:
         return fenced(s, 'text', 'output')
     def record(self, f):
         "The page of a script or record in benchmarks/; that of all where there is no record yet"
-        return next((n for n in (f.stem,f'{f.stem}_cpu') if f.with_name(f'{n}.json').exists()), 'index')
+        return next((n for n in (f.stem,f'{f.stem}_cpu',f'{f.stem}_gpu') if f.with_name(f'{n}.json').exists()), 'index')
     def target(self, page, url):
         "A link in a notebook as a link of the site"
         if re.match(r'[a-z]+:|#', url): return url

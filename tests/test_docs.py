@@ -54,7 +54,7 @@ def test_each_record_is_read_and_what_is_missing_is_said(tmp_path):
         assert v.title and any(v.parts) and not any('another shape' in o for o in v.short), (p.name, v.short)
     src = tmp_path/'benchmarks'
     src.mkdir()
-    for n in ('loop.py','loaders.py'): (src/n).write_text((root/'benchmarks'/n).read_text())
+    for n in ('loop.py','loaders.py','topk.py'): (src/n).write_text((root/'benchmarks'/n).read_text())
     side = dict(seconds={'fastai':4., 'cfext':1.}, times_faster={'fastai':1., 'cfext':4.}, all={'fastai':[4.,5.,4.], 'cfext':[1.,1.,1.]})
     grow = {k:{str(n):dict(s=n/1e4, us_a_step=float(n)) for n in ns} for k,ns in dict(rows=(10**5,10**6), catalogue=(10**3,10**5), factors=(8,256)).items()}
     (src/'loop_cpu.json').write_text(json.dumps({'date':'2026-01-02', 'command':'c', 'machine':dict(cpu='Some CPU', cores=2), 'ML-100K, bs 64':side, 'growth':grow}))
@@ -63,7 +63,7 @@ def test_each_record_is_read_and_what_is_missing_is_said(tmp_path):
     assert md.count('<svg class="lines"')==6 and '1M 1,000,000' in md and '4 times as fast' in md
     for o in ('2026-01-02','Some CPU','python benchmarks/loop.py','def growth'): assert o in md, o
     index = (tmp_path/'out'/'index.md').read_text()
-    assert 'Not recorded yet' in index and '`python benchmarks/loop.py`, on a GPU' in index and '`python benchmarks/loaders.py`' in index and '1 ahead, 0 even, 0 behind' in index
+    assert 'Not recorded yet' in index and '`python benchmarks/loop.py`, on a GPU' in index and '`python benchmarks/loaders.py`' in index and '`python benchmarks/topk.py`, on a GPU' in index and '1 ahead, 0 even, 0 behind' in index
     (src/'loop_cpu.json').write_text(json.dumps({'date':'2026-01-02', 'machine':'m', 'ML-100K, bs 64':dict(seconds=[1,2])}))
     write_benchmarks(src, tmp_path/'out')
     md = (tmp_path/'out'/'loop_cpu.md').read_text()
