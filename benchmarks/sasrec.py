@@ -28,7 +28,7 @@ from cfext.sequence import MostPopular,seq_learner
 here = Path(__file__).resolve().parent
 adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(.9,.98), fused=True))
 configs = {
-    'cpu-small': dict(model='sasrec', config=dict(n_factors=64, drop=0.1), max_len=100, bs=16, lr=3e-3, epochs=8, loss='full', crop='random', ema=.99),
+    'cpu-small': dict(model='gru4rec', config=dict(n_factors=64, n_hidden=96), max_len=50, bs=32, lr=4e-3, epochs=8, loss='sampled', n_neg=256),
     'cpu-gru':   dict(model='gru4rec', config=dict(n_factors=64, n_hidden=128), max_len=100, bs=32, lr=4e-3, epochs=16, loss='sampled', n_neg=512),
     'cpu-wide':  dict(model='sasrec', config=dict(n_factors=128, drop=0.25), max_len=200, bs=32, lr=1e-3, epochs=60, loss='sampled', n_neg=512),
     'cpu':       dict(model='sasrec', config=dict(n_factors=64), max_len=200, bs=32, lr=2e-3, epochs=48, loss='full', crop='random', ema=.998),
