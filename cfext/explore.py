@@ -112,7 +112,7 @@ def _found(ex, req):
 # %% ../nbs/14e_explore.ipynb #708c42a3
 def _map(ex, req):
     body = Iframe(src='/map/canvas', title='Map of the items: arrows move, plus and minus zoom, 0 shows all', cls='map') if ex.item_map() else P('There is nothing to map: that needs factors of at least three items.')
-    return _page(ex, 'Map', H1('Items by their factors'), P('The two directions in which the items differ most. Drag or use the arrow keys, zoom with the wheel or + and −, and click an item, or find it and press Enter, to see it.', cls='quiet'),
+    return _page(ex, 'Map', H1('Items by their factors'), P('The two directions in which the items differ most. Drag or use the arrow keys, zoom with the wheel, two fingers or + and −, and click an item, or find it and press Enter, to see it.', cls='quiet'),
                  body, here='map')
 
 def _canvas(ex, req): return HTMLResponse(ex.item_map() or '')

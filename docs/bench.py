@@ -119,14 +119,14 @@ def page(f, script):
 def script_of(f):
     "The script that wrote a record: `loop.py` for `loop.json` and `loop_cpu.json`"
     s = f.with_suffix('.py')
-    return s if s.exists() else f.with_name(re.sub('_cpu$', '', f.stem)+'.py')
+    return s if s.exists() else f.with_name(re.sub('_[cg]pu$', '', f.stem)+'.py')
 
 def awaited(src, done):
     "Scripts, and halves of scripts, whose record is not here: [(record, first words, command)]"
     res = []
     for f in sorted(src.glob('*.py')):
         text = f.read_text(encoding='utf-8')
-        halves = re.findall(r"record\('(\w+)' if cuda else '(\w+)'", text)
+        halves = re.findall(r"record\('(\w+)' if cuda else '(\w+)'", text) or [(b,a) for a,b in re.findall(r"record\('(\w+)' if device=='cpu' else '(\w+)'", text)]
         names = halves[0] if halves else (f.stem,)
         if '__main__' not in text: continue
         for n in names:

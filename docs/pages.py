@@ -133,13 +133,14 @@ class Writer:
         return fenced(s, 'text', 'output')
     def record(self, f):
         "The page of a script or record in benchmarks/; that of all where there is no record yet"
-        return next((n for n in (f.stem,f'{f.stem}_cpu') if f.with_name(f'{n}.json').exists()), 'index')
+        return next((n for n in (f.stem,f'{f.stem}_cpu',f'{f.stem}_gpu') if f.with_name(f'{n}.json').exists()), 'index')
     def target(self, page, url):
         "A link in a notebook as a link of the site"
         if re.match(r'[a-z]+:|#', url): return url
         path,_,frag = url.partition('#')
         for base in (page.path.parent, root):
             f = Path(os.path.normpath(base/path))
+            if f.suffix=='.html' and f.with_suffix('.ipynb').exists(): f = f.with_suffix('.ipynb') # as Quarto's pages are linked
             if not f.exists() or root not in f.parents: continue
             rel = f.relative_to(root).as_posix()
             up = '../'*page.doc.count('/')
