@@ -5,8 +5,10 @@
 Every choice is made on rows held out of a fold's own training rows: settings from the grids below, the weights of blends, and
 which ensemble is 'best'. These rows are drawn as the fold's test rows were: the share of their rows that users lost to the test
 file is dealt to other users at random. The test rows are predicted once, by models trained on all training rows.
-The grids themselves, and the widths and lengths that are not in a grid, were looked for on training rows of u1 alone.
-Predictions are kept in FOLDER as they come; what is there is not computed again, so folds can be run apart and put together."""
+The grids themselves, and the widths and lengths that are not in a grid, were looked for on training rows of u1 alone; these are
+test rows of u2 to u5, so that only the figure of u1 is free of any look at test rows.
+Predictions are kept in FOLDER as they come; what is there is not computed again, so folds can be run apart and put together.
+Seconds are indicative: other work may have run beside."""
 import argparse,json,sys,tempfile,time,warnings
 from functools import partial
 from pathlib import Path

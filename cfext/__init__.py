@@ -14,6 +14,7 @@ from .graph import *
 from .loop import *
 from .capture import *
 from .rows import *
+from .factors import *
 from .learner import *
 from .callbacks import *
 from .views import *

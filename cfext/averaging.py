@@ -155,7 +155,8 @@ def _draw_rows(starts, cols, resid, V, prior, L, tau, g):
     "Draw each row (n,d) given what it met: rows `starts[j]:starts[j+1]` of `cols` and `resid` are row j's"
     n,D = prior.shape
     A,P = _csr(starts, cols, torch.ones_like(resid), len(V)),V.new_empty(n, D, D)
-    for d in range(D): P[:,d] = A@(V[:,d,None]*V)
+    per = max(1, (1<<22)//V.numel())
+    for d in range(0, D, per): P[:,d:d+per] = (A@(V[:,d:d+per,None]*V[:,None]).flatten(1)).view(n, -1, D)
     b = prior@L + tau*(_csr(starts, cols, resid, len(V))@V)
     C = torch.linalg.cholesky(P*tau+L)
     y = torch.linalg.solve_triangular(C, b[...,None], upper=False) + _randn((n,D,1), g)
@@ -185,12 +186,19 @@ def cat_features(
     return torch.cat([torch.zeros(1, x.shape[1]), torch.tensor(x.to_numpy(copy=True))]).to(dls.device)
 
 # %% ../nbs/07b_averaging.ipynb #d2e93ffe
+def _thin(x):
+    "A matrix in sparse form, where most of it is 0"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        return x.to_sparse_csr() if (x!=0).float().mean()<0.2 else x.contiguous()
+
 class _Prior:
     "The prior of one side's rows: mean, precision, and weights of the features"
     def __init__(self, x, D, lam, g):
         self.x,self.g = x,g
-        self.B = None if x is None else torch.zeros(x.shape[1], D, device=g.device)
-        if x is not None: self.C = torch.linalg.cholesky(x.T@x + lam*torch.eye(x.shape[1], device=g.device))
+        if x is None: return
+        self.C = torch.linalg.cholesky(x.T@x + lam*torch.eye(x.shape[1], device=g.device))
+        self.x,self.xT,self.mean = _thin(x),_thin(x[1:].T),torch.zeros(len(x), D, device=g.device)
     def draw(self,
         Z:Tensor, # (n,d) the rows; row 0, the unknown one, does not count
     )->tuple: # (means of the rows (n,d), their precision (d,d))
@@ -198,11 +206,11 @@ class _Prior:
         if self.x is None:
             m,L = _hyper(Z[1:], self.g)
             return m.expand(len(Z), -1),L
-        m,L = _hyper(Z[1:]-(self.x@self.B)[1:], self.g)
-        E = torch.linalg.solve_triangular(self.C.T, _randn(self.B.shape, self.g), upper=True)
+        m,L = _hyper((Z-self.mean)[1:], self.g)
+        E = torch.linalg.solve_triangular(self.C.T, _randn((len(self.C),Z.shape[1]), self.g), upper=True)
         E = torch.linalg.solve_triangular(torch.linalg.cholesky(L).T, E.T, upper=True).T
-        self.B = torch.cholesky_solve(self.x[1:].T@(Z[1:]-m), self.C) + E
-        return m + self.x@self.B,L
+        self.mean = self.x@(torch.cholesky_solve(self.xT@(Z[1:]-m), self.C)+E)
+        return m+self.mean,L
 
 def _side(x, j, n):
     "Row starts, order, and the other side's codes of the interactions sorted by column j; row 0 is left empty"

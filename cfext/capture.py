@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['opt_kind', 'step_columns', 'TensorStep', 'StepGraph', 'capture_hurdle', 'captured_epoch']
 
-# %% ../nbs/05a_capture.ipynb #91606a30
+# %% ../nbs/05a_capture.ipynb #b0b21635
 import math,time
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -171,7 +172,7 @@ def record(self:StepGraph):
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): self.step()
     self.graph,self.sign = graph,self.signature()
 
-# %% ../nbs/05a_capture.ipynb #46cb9588
+# %% ../nbs/05a_capture.ipynb #741a3d0c
 def capture_hurdle(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 )->str|None: # why the step can't be recorded; None if nothing speaks against it
@@ -191,6 +192,16 @@ def _captured(learn):
     learn._step_graph = StepGraph(learn)
     return learn._step_graph
 
+@contextmanager
+def _aside(device):
+    "Run a block on a stream of its own, where the device is a GPU"
+    if device.type!='cuda': return (yield)
+    outer,own = torch.cuda.current_stream(device),torch.cuda.Stream(device)
+    own.wait_stream(outer)
+    try:
+        with torch.cuda.stream(own): yield
+    finally: outer.wait_stream(own)
+
 def captured_epoch(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
     record:bool=True, # record the step, or run it each time?
@@ -204,14 +215,15 @@ def captured_epoch(
     books = _Books(learn, n, learn.dls.device)
     books.losses,n_whole = sg.losses,sum(b-a==sg.bs for a,b in zip(cuts, cuts[1:]))
     try:
-        for i in range(n):
-            if i>=n_whole: sg.step(sg.order[cuts[i]:cuts[i+1]])
-            elif sg.graph is not None: sg.graph.replay()
-            else: sg.step()
-            books.done = sg.stepper.done = i+1
-            if record and sg.graph is None and n_warm<=i+1<n_whole-1: record = _try(sg)
-            books.tick()
-        books.tick(last=True)
+        with _aside(sg.i.device):
+            for i in range(n):
+                if i>=n_whole: sg.step(sg.order[cuts[i]:cuts[i+1]])
+                elif sg.graph is not None: sg.graph.replay()
+                else: sg.step()
+                books.done = sg.stepper.done = i+1
+                if record and sg.graph is None and n_warm<=i+1<n_whole-1: record = _try(sg)
+                books.tick()
+            books.tick(last=True)
     finally: books.close(rows, sg.stepper)
 
 def _try(sg):

@@ -35,6 +35,7 @@ def _members(members, device):
     if not members: raise ValueError("an ensemble needs at least one member")
     for n,m in members.items():
         if isinstance(m, (str,Path)):
+            if (Path(m)/'ensemble.json').is_file(): raise BundleError(f"member {n!r}: {m} holds an ensemble: read it with load_ensemble({str(m)!r}), and take its `members`")
             try: members[n] = load_bundle(m, device=device)
             except BundleError as e: raise BundleError(f"member {n!r}: {e}") from e
         elif not isinstance(m, Learner): raise TypeError(f"member {n!r} should be a Learner or the path of a bundle, got {type(m).__name__}")
@@ -399,5 +400,7 @@ def load_ensemble(
     try: d = json.loads(f.read_text(encoding='utf-8'))
     except ValueError as e: raise BundleError(f"{f} is not readable as JSON ({e}); save the ensemble again") from e
     if not isinstance(d, dict) or d.get('kind')!='cfext ensemble' or d.get('format')!=1: raise BundleError(f"{f} is not the manifest of an ensemble that this version reads")
+    miss = {'members','weights','method','clip','merges'}-set(d)
+    if miss: raise BundleError(f"{f} lacks {', '.join(sorted(miss))}; save the ensemble again")
     members = {n: Path(path)/Path(o).name for n,o in d['members'].items()}
     return Ensemble(members, d['weights'], d['method'], clip=d['clip'], kind=d['merges'], device=device, in_turn=in_turn)

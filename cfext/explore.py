@@ -10,6 +10,8 @@ import json,socket
 from pathlib import Path
 from urllib.parse import quote,urlencode
 
+import numpy as np
+
 from fasthtml.core import FastHTML,FtResponse
 from fasthtml.components import (A,Bdi,Button,Caption,Dd,Div,Dl,Dt,Footer,Form,H1,H2,Header,Iframe,Input,Label,Li,Link,Main,Meta,Nav,Ol,Option,P,
     Script,Section,Select,Small,Span,Strong,Table,Tbody,Td,Th,Thead,Title,Tr,Ul)
@@ -60,7 +62,7 @@ def _sorry(ex, e, status):
 def _recs(ex, places, caption):
     "Recommendations with their reasons"
     if not places: return P('There is nothing left to recommend.')
-    why = lambda ws: Span('because of ', *[x for j,(i,t,r) in enumerate(ws) for x in ([', '] if j else [])+[_link(ex, 'item', i),f' ({r:g})']]) if ws else ''
+    why = lambda ws: Span('because of ', *[x for j,(i,t,r) in enumerate(ws) for x in ([', '] if j else [])+[_link(ex, 'item', i, t if len(t)<=60 else t[:59]+'…'),f' ({r:g})']]) if ws else ''
     return Div(Ol(*[Li(_link(ex, 'item', o['item']), Span(f"{o['score']:.2f}", cls='score', title='score'), Small(o['kind'] or '', cls='kind'), Small(why(o['why']), cls='why'))
                     for o in places], cls='recs', aria_label=caption))
 
@@ -71,7 +73,7 @@ def _arg(req, name, default, lo, hi):
     except ValueError: return default
 
 def _overview(ex, req):
-    top = lambda role: sorted(range(len(ex.keys[role])), key=lambda i: -ex.counts[role][i])[:12]
+    top = lambda role: np.argsort(-ex.counts[role], kind='stable')[:12].tolist()
     rated = _table(['item','ratings'], [(_link(ex, 'item', i), int(ex.counts['item'][i])) for i in top('item')], 'Most rated items')
     busy = _table(['user','ratings'], [(_link(ex, 'user', i), int(ex.counts['user'][i])) for i in top('user')], 'Most active users')
     note = '' if len(ex.counts['item']) and ex.counts['item'].sum() else P('This bundle was saved without its interactions, so there are no histories and nothing is left out of lists.', cls='quiet')
@@ -110,7 +112,7 @@ def _found(ex, req):
 # %% ../nbs/14e_explore.ipynb #708c42a3
 def _map(ex, req):
     body = Iframe(src='/map/canvas', title='Map of the items: arrows move, plus and minus zoom, 0 shows all', cls='map') if ex.item_map() else P('There is nothing to map: that needs factors of at least three items.')
-    return _page(ex, 'Map', H1('Items by their factors'), P('The two directions in which the items differ most. Drag or use the arrow keys, zoom with the wheel or + and −, and click an item, or find it and press Enter, to see it.', cls='quiet'),
+    return _page(ex, 'Map', H1('Items by their factors'), P('The two directions in which the items differ most. Drag or use the arrow keys, zoom with the wheel, two fingers or + and −, and click an item, or find it and press Enter, to see it.', cls='quiet'),
                  body, here='map')
 
 def _canvas(ex, req): return HTMLResponse(ex.item_map() or '')
@@ -135,7 +137,7 @@ def _metrics(ex, req):
     rep,eps = rec.get('report') or getattr(ex, 'report', None),rec.get('epochs') or []
     cols = list(dict.fromkeys(c for r in (rep or {}).values() for c in r))
     parts = [_table(['',*cols], [(n, *[float(r[c]) if c in r else '' for c in cols]) for n,r in rep.items()], 'On held-out rows, beside baselines')] if rep else \
-        [P('Nothing is recorded with this bundle.'), Form(Button('Evaluate now'), Input(type='hidden', name='run', value='1'), action='/metrics')] if len(ex.learn.dls.valid_ds) else \
+        [P('Nothing is recorded with this bundle. Working it out asks the model about each held-out row and ranks all items for each user: a moment, or minutes where both are many.'), Form(Button('Evaluate now'), Input(type='hidden', name='run', value='1'), action='/metrics')] if len(ex.learn.dls.valid_ds) else \
         [P('Nothing is recorded with this bundle, and it holds no held-out rows to evaluate on.')]
     if eps: parts.append(_table(['epoch',*[o.strip('_') for o in eps[0]]], [(j, *map(float, e.values())) for j,e in enumerate(eps)], 'Losses by epoch'))
     if rec.get('settings'): parts += [H2('Settings'), Dl(*[o for k,v in rec['settings'].items() if v is not None for o in (Dt(k), Dd(str(v)))])]
@@ -196,7 +198,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1rem;margin:.5r
 input,select,button{font:inherit;color:inherit;background:var(--bg);border:1px solid var(--dim);border-radius:6px;padding:.35rem .6rem;max-width:100%}
 .finder input{width:18rem;max-width:88vw}button{background:var(--link);color:var(--bg);border-color:var(--link);cursor:pointer}.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:end}
 [role=listbox]{position:absolute;z-index:5;left:0;right:0;min-width:18rem;max-width:88vw;margin:2px 0 0;padding:.2rem;list-style:none;background:var(--bg);border:1px solid var(--dim);border-radius:6px;max-height:60vh;overflow:auto}
-header [role=listbox]{left:auto}@media (max-width:52rem){header [role=listbox]{left:0}}
+header [role=listbox]{left:auto;min-width:26rem}@media (max-width:52rem){header [role=listbox]{left:0;min-width:18rem}}
 [role=option]{padding:.35rem .5rem;border-radius:4px;cursor:pointer;overflow-wrap:anywhere}[role=option][aria-selected=true]{background:var(--mark)}[role=option] small{color:var(--dim);margin-left:.6rem}
 .map{width:100%;height:min(72vh,50rem);min-height:22rem;border:1px solid var(--line);border-radius:8px}
 '''

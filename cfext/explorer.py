@@ -75,10 +75,11 @@ class Explorer:
         none = pd.DataFrame(dict(title=self.items.astype(str), kind=None), index=self.items)
         self.facts = none if data is None else item_facts(self.items, data, self.item_name)
         self.titles = dict(user=self.users.astype(str).to_numpy(object), item=self.facts.title.to_numpy(object))
-        self.keys = dict(user=self.users.astype(str), item=self.items.astype(str))
+        self.keys = dict(user=self.titles['user'], item=self.items.astype(str).to_numpy(object))
         x = torch.cat([d.x for d in (learn.dls.train_ds, learn.dls.valid_ds)]).long()
         self.counts = {r: torch.bincount(x[:,j], minlength=len(ids)+1)[1:].cpu().numpy() for j,(r,ids) in enumerate((('user',self.users), ('item',self.items)))}
-        self._lower = {r: [t.casefold() for t in ts] for r,ts in self.titles.items()}
+        order = {r: np.argsort(-n, kind='stable').tolist() for r,n in self.counts.items()}
+        self._sought = {r: (order[r], [ts[i].casefold() for i in order[r]]) for r,ts in self.titles.items()}
     def __repr__(self): return f"Explorer: {len(self.users):,} {self.user_name}s, {len(self.items):,} {self.item_name}s, {self.counts['item'].sum():,} rows, {type(self.learn.model).__name__}"
 
 # %% ../nbs/14d_explorer.ipynb #f2f540dc
@@ -100,12 +101,13 @@ def find(self:Explorer,
     k:int=10, # most answers
 )->list: # rows, from 0, best first
     "Search users or items by a part of their titles"
-    q,names,n = text.strip().casefold(),self._lower[check_choice(role, 'role', ('user','item'))],self.counts[role]
+    q,(order,names) = text.strip().casefold(),self._sought[check_choice(role, 'role', ('user','item'))]
     if not q: return []
-    words = q.split()
-    hits = [i for i,t in enumerate(names) if all(w in t for w in words)]
-    rank = lambda i: (names[i]!=q, not names[i].startswith(q), ' '+q not in names[i], -n[i])
-    return sorted(hits, key=rank)[:k]
+    hits = range(len(names))
+    for w in q.split(): hits = [i for i in hits if w in names[i]]
+    starts,inside = [i for i in hits if names[i].startswith(q)],[i for i in hits if ' '+q in names[i]]
+    best = [*[i for i in starts if names[i]==q][:k], *starts[:k], *inside[:k], *hits[:k]]
+    return [order[i] for i in list(dict.fromkeys(best))[:k]]
 
 # %% ../nbs/14d_explorer.ipynb #a77cba5d
 @patch

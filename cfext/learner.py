@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
-# %% ../nbs/06_learner.ipynb #772559fb
+# %% ../nbs/06_learner.ipynb #4785ec30
 import inspect,warnings
 from contextlib import nullcontext
 
@@ -23,8 +23,9 @@ from .negatives import *
 from .loop import *
 from .capture import *
 from .rows import *
+from .factors import *
 
-# %% ../nbs/06_learner.ipynb #ba6b51ba
+# %% ../nbs/06_learner.ipynb #6f686638
 class IdDropout(Callback):
     "Replace each id by the unknown row with probability `p` while training, so that row 0 is trained too"
     order,on_device = -5,True
@@ -34,11 +35,12 @@ class IdDropout(Callback):
         if not 0<=p<1: raise ValueError(f"`p`={p} should be a probability, at least 0 and below 1")
         self.p = p
     def before_batch(self):
-        if not self.training or not self.p: return
-        x, = self.xb
-        self.learn.xb = (x.masked_fill(torch.rand(x.shape, device=x.device)<self.p, 0),)
+        if not self.training: return
+        self.learn.xb = (self._drop(*self.xb),)
+    def on_rows(self, b): b.x = self._drop(b.x)
+    def _drop(self, x): return x.masked_fill(torch.rand(x.shape, device=x.device)<self.p, 0) if self.p else x
 
-# %% ../nbs/06_learner.ipynb #27126213
+# %% ../nbs/06_learner.ipynb #b4ef0271
 class RowWeights(Callback):
     "Weigh the loss of each row by the loader's weights"
     order,on_device = -4,True
@@ -49,8 +51,9 @@ class RowWeights(Callback):
         with self.learn.loss_not_reduced(): loss = self.learn.loss_func(self.pred, *self.yb)
         self.learn.loss_grad = (loss.reshape(len(w), -1).mean(1)*w/self.scale).mean()
         self.learn.loss = self.learn.loss_grad.clone()
+    def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
-# %% ../nbs/06_learner.ipynb #36fd23d2
+# %% ../nbs/06_learner.ipynb #a51dbc8e
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
     mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
@@ -77,7 +80,9 @@ class CFLearner(Learner):
             super().all_batches()
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
     def _fast_epoch(self):
-        if torch.device(self.dls.device).type!='cuda' or self.no_capture: return lean_epoch(self)
+        if torch.device(self.dls.device).type!='cuda' or self.no_capture: return (lean_epoch if factor_hurdle(self) else factor_epoch)(self)
+        from cfext.kernels import kernel_hurdle,kernel_epoch
+        if kernel_hurdle(self) is None: return kernel_epoch(self)
         why = capture_hurdle(self)
         if why is None: return captured_epoch(self)
         self._tell(f"the steps are not captured: {why}")

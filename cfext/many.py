@@ -15,12 +15,14 @@ import torch
 from torch import Tensor,nn
 from torch.func import vmap
 from fastai.callback.core import *
+from fastai.callback.schedule import ParamScheduler
 from fastai.learner import *
 from fastai.torch_core import *
 from fastcore.all import *
 from fastprogress.fastprogress import progress_bar
 from .core import *
 from .data import *
+from .capture import _aside
 from .loop import *
 from .loop import _asks,_Books,_OwnStep,_fused_kind
 from .learner import *
@@ -123,7 +125,7 @@ def _n_full(rows, bs):
     n = max(len(r.cuts) for r in rows)-1
     return next((i for i in range(n) if any(r.size(i)!=bs for r in rows)), n)
 
-def _pieces(rows, bs, begin=0, end=None, block=1<<22):
+def _pieces(rows, bs, begin=0, end=None, block=1<<20):
     "Yield (first step, members, x (steps,k,size,2), y, w): steps of one size that these members make together"
     K,full = len(rows),_n_full(rows, bs)
     per = max(1, block//(bs*K))
@@ -140,12 +142,17 @@ def _pieces(rows, bs, begin=0, end=None, block=1<<22):
 
 # %% ../nbs/14g_many.ipynb #f739b719
 def _losses(learn, pred, y, w):
-    "The loss of each model (k,) from predictions (k,bs,1), as the learner's loss gives it for each alone"
+    "The loss of each model (k,) from predictions (k,bs,1), as the learner's loss gives it for each alone; and its gradient (k,bs,1)"
     f = learn.loss_func
-    if w is None and type(getattr(f, 'func', None)) is nn.MSELoss and f.func.reduction=='mean': return (pred-y).square().flatten(1).mean(1)
-    if w is None: return vmap(f)(pred, y)
-    with learn.loss_not_reduced(): rows = vmap(lambda p,y: learn.loss_func(p, y).reshape(len(p), -1).mean(1))(pred, y)
-    return (rows*w).mean(1)
+    if type(getattr(f, 'func', None)) is nn.MSELoss and f.func.reduction=='mean':
+        err = pred-y
+        far = err if w is None else err*w[...,None]
+        return (err*far).mean((1,2)),far*(2/err[0].numel())
+    pred = pred.detach().requires_grad_()
+    if w is None: losses = vmap(f)(pred, y)
+    else:
+        with learn.loss_not_reduced(): losses = (vmap(lambda p,y: learn.loss_func(p, y).reshape(len(p), -1).mean(1))(pred, y)*w).mean(1)
+    return losses.detach(),torch.autograd.grad(losses.sum(), pred)[0]
 
 # %% ../nbs/14g_many.ipynb #4e733505
 class _Together:
@@ -161,29 +168,52 @@ class _Together:
     def goes_on(self, members): return self.members==members and self.sign==self.signature()
     def grads(self, ks, x, y, w):
         "Compute the losses (k,) and gradients of the members `ks` on a batch each"
-        losses = _losses(self.learns[0], self.stack(x, ks), y, w)
-        self.stack.backward(losses)
-        return losses.detach()
+        losses,g = _losses(self.learns[0], self.stack(x, ks).detach(), y, w)
+        self.stack.backward(g)
+        return losses
     def step(self, i, ks, x, y, w):
         losses = self.grads(ks, x, y, w)
         self.adam.step(i, ks)
         self.stack.clear()
         return losses
 
+# %% ../nbs/14g_many.ipynb #779511a9
+def _told(o):
+    "Something that is equal for schedules that are alike: functions by their code and what they hold"
+    if hasattr(o, 'tolist'): return _told(o.tolist())
+    if isinstance(o, dict): return tuple((k,_told(v)) for k,v in o.items())
+    if is_listy(o): return tuple(map(_told, o))
+    if hasattr(o, 'start') and hasattr(o, 'end') and hasattr(o, 'f'): return _told((o.f,o.start,o.end))
+    if hasattr(o, '__code__'): return o.__code__,_told(o.__defaults__ or ()),_told([c.cell_contents for c in o.__closure__ or ()])
+    return o
+
+def _plans(learns, counts):
+    "What `lay_out` gives for each learner"
+    keys,res = [],[]
+    for l,n in zip(learns, counts):
+        scheds = [_told(cb.scheds) for cb in l.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run]
+        keys.append((n, l.n_epoch, l.pct_train, len(l.opt.hypers), scheds))
+        j = keys.index(keys[-1])
+        res.append(res[j] if j<len(res) else lay_out(l, n))
+    return res
+
 # %% ../nbs/14g_many.ipynb #103316dd
 class _Replay:
     "The steps that all members make with full batches; rows, numbers and the step's own number lie on the device"
     def __init__(self, together, rows, n):
-        self.together,self.n,self.graph = together,n,None
-        self.i,self.cols,self.nums = torch.zeros(1, dtype=torch.long, device=together.device),None,None
-        self.losses = torch.zeros(n, len(rows), device=together.device)
+        dev = together.device
+        self.together,self.n,self.graph,self.records = together,n,None,dev.type=='cuda'
+        self.i,self.cols,self.nums = torch.zeros(1, dtype=torch.long, device=dev),None,None
+        self.losses = torch.zeros(n, len(rows), device=dev)
     def load(self, rows):
         "Take over an epoch's rows and numbers"
-        cols = [torch.cat(c) if c[0] is not None else None for c in zip(*(o[2:] for o in _pieces(rows, rows[0].bs, 0, self.n)))]
+        place = self.together.stack.place
+        pieces = [(place(x),y,w) for _,_,x,y,w in _pieces(rows, rows[0].bs, 0, self.n)]
+        cols = [torch.cat(c) if c[0] is not None else None for c in zip(*pieces)]
         nums = self.together.adam.tables(self.n)
         if self.cols is None: self.cols,self.nums = cols,nums
         else:
-            for a,b in (*zip(self.cols, cols), *((self.nums[k], nums[k]) for k in nums)):
+            for a,b in (*zip(self.cols, cols), (self.nums, nums)):
                 if a is not None: a.copy_(b)
         self.i.zero_()
     def step(self):
@@ -193,27 +223,34 @@ class _Replay:
         self.together.stack.clear()
         self.i += 1
     def record(self):
-        "Capture the step as a CUDA graph, without running it; False if that can't be done"
+        "Capture the step as a CUDA graph, without running it"
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): self.step()
             self.graph = graph
-        except RuntimeError as e: print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
-        return self.graph is not None
+        except RuntimeError as e:
+            self.records = False
+            print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
 # %% ../nbs/14g_many.ipynb #4ac400f3
 @patch
-def _whole(self:_Together, rows, done):
+def _whole(self:_Together, rows, done, losses, n_warm=3):
     "Run the steps that lie on the device; `done` is told of each"
-    n = _n_full(rows, rows[0].bs)
+    n,ks = _n_full(rows, rows[0].bs),range(len(rows))
     if n==0: return 0
     if self.replay is None or self.replay.n!=n: self.replay = _Replay(self, rows, n)
-    r,records = self.replay,self.device.type=='cuda'
-    r.load(rows)
-    for i in range(n):
-        if r.graph is None and records and i==3: records = r.record()
-        r.step() if r.graph is None else r.graph.replay()
-        done(i, range(len(rows)), r.losses[i])
+    r,ran = self.replay,0
+    with _aside(self.device): # the default stream can't be recorded
+        r.load(rows)
+        try:
+            for i in range(n):
+                if r.graph is None and r.records and i>=n_warm: r.record()
+                r.step() if r.graph is None else r.graph.replay()
+                ran = i+1
+                done(i, ks, r.losses)
+        finally:
+            losses[:ran] = r.losses[:ran]
+            self.adam.t += ran
     return n
 
 @patch
@@ -222,19 +259,20 @@ def epoch(self:_Together, tick):
     rows = [_Rows(m) for m in self.members]
     counts = [len(r.cuts)-1 for r in rows]
     books = [_Books(l, n, self.device) for l,n in zip(self.learns, counts)]
-    plans = [lay_out(l, n) for l,n in zip(self.learns, counts)]
+    plans = _plans(self.learns, counts)
     for l,n in zip(self.learns, counts): l.n_iter = n
     self.stack.take()
     self.adam.lay_out(plans)
     losses = torch.full((max(counts), len(rows)), np.nan, device=self.device)
-    def _done(i, ks, ls):
-        losses[i,ks.start:ks.stop] = ls
+    def _done(i, ks, got):
         for k in ks: books[k].done = i+1
-        tick(losses[i])
+        tick(got, i)
     try:
-        whole = self._whole(rows, _done) if ifnone(self.on_device, self.device.type=='cuda') else 0
+        whole = self._whole(rows, _done, losses) if ifnone(self.on_device, self.device.type=='cuda') else 0
         for a,ks,x,y,w in _pieces(rows, rows[0].bs, whole):
-            for j in range(len(x)): _done(a+j, ks, self.step(a+j, ks, x[j], y[j], None if w is None else w[j]))
+            for i,x,y,w in zip(range(a, a+len(x)), self.stack.place(x, ks), y, [None]*len(x) if w is None else w):
+                losses[i,ks.start:ks.stop] = self.step(i, ks, x, y, w)
+                _done(i, ks, losses)
     finally:
         self.stack.give()
         self.adam.give()
@@ -265,15 +303,14 @@ def _start(learners, n, seed):
         raise ValueError("some learners share a model: make one for each")
     return learns,rngs
 
-
 class _Bar:
     "One progress bar for all, moved ten times a second at the most"
     def __init__(self, on): self.on,self.bar,self.n,self.t = on,None,0,0.
-    def __call__(self, losses):
+    def __call__(self, losses, i):
         self.n += 1
         if not self.on or time.time()-self.t<0.1: return
         self.bar.update(min(self.n, self.bar.total))
-        self.bar.comment,self.t = f'{losses.nanmean():.4f}',time.time()
+        self.bar.comment,self.t = f'{losses[i].nanmean():.4f}',time.time()
     def size(self, learn):
         if self.on and self.bar is None:
             self.bar = progress_bar(range(learn.n_epoch*len(learn.dl)), leave=False)

@@ -223,8 +223,8 @@ function draw(){queued=false;g.clearRect(0,0,W,H);let vis=0;
   g.globalAlpha=1;labels(r);
   if(hover>=0){g.strokeStyle=css('--fg');g.lineWidth=2;g.beginPath();g.arc(sx(hover),sy(hover),r+4,0,6.2832);g.stroke()}}
 function labels(r){g.font='12px system-ui,sans-serif';g.textBaseline='middle';g.lineWidth=3;g.lineJoin='round';
-  g.strokeStyle=css('--bg');g.fillStyle=css('--fg');const put=['head','legend'].map(n=>{const b=$(n).getBoundingClientRect();return[b.left,b.top,b.right,b.bottom]}),most=Math.max(12,W*H/16000);
-  for(const i of D.order){if(put.length>=most+2)break;if(!shown(i))continue;const x=sx(i),y=sy(i);if(x<0||y<0||x>W||y>H)continue;
+  g.strokeStyle=css('--bg');g.fillStyle=css('--fg');const put=['head','legend'].map(n=>{const b=$(n).getBoundingClientRect();return[b.left,b.top,b.right,b.bottom]}),most=Math.max(12,W*H/16000);let tried=0;
+  for(const i of D.order){if(put.length>=most+2||tried>3000)break;if(!shown(i))continue;const x=sx(i),y=sy(i);if(x<0||y<0||x>W||y>H)continue;tried++;
     const w=width(i),left=x+r+4+w>W,b=[left?x-r-4-w:x+r+4,y-8,left?x-r-4:x+r+4+w,y+8];if(b[0]<0)continue;
     if(put.some(p=>b[0]<p[2]&&b[2]>p[0]&&b[1]<p[3]&&b[3]>p[1]))continue;
     put.push(b);g.strokeText(short(i),b[0],y);g.fillText(short(i),b[0],y)}

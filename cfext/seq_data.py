@@ -27,10 +27,12 @@ class Sequences:
         classes:dict, # {name of the symbols: their `IdMap`}, with the users' before it if there are users
         last_only:bool=False, # ask only for the symbol after the stretch, not for every one on the way?
         users=None, # (rows,) int code of the user of each stretch; `None` for text
+        slack=None, # (rows,) symbols by which a stretch may begin earlier; `None`: it stays where it is
     ):
         as_long = lambda o: torch.as_tensor(np.asarray(o), dtype=torch.int64)
         self.x,self.y,self.w = toks,True,None
         self.starts,self.lens,self.users = as_long(starts),as_long(lens),None if users is None else as_long(users)
+        self.slack,self.back = None if slack is None else as_long(slack),None
         self.classes,self.last_only = classes,last_only
     def __len__(self): return len(self.starts)
     def __getitem__(self, i): return tuple(o[0] for o in self.cut([i]))
@@ -48,7 +50,16 @@ def subset(self:Sequences,
 )->Sequences:
     "Return the stretches `idxs` as new `Sequences` over the same memory"
     pick = lambda o: None if o is None else o[idxs]
-    return Sequences(self.x, pick(self.starts), pick(self.lens), self.classes, self.last_only, pick(self.users))
+    return Sequences(self.x, pick(self.starts), pick(self.lens), self.classes, self.last_only, pick(self.users), pick(self.slack))
+
+@patch
+def shift(self:Sequences,
+    generator:torch.Generator, # of the draws, on the CPU
+):
+    "Move the stretches that have `slack`: half of them to a place drawn evenly, the others to the end"
+    if self.slack is None: return
+    draw = lambda: torch.rand(len(self), generator=generator)
+    self.back = (draw()*(self.slack+1)).long()*(draw()<.5)
 
 @patch
 def new_empty(self:Sequences):
@@ -64,6 +75,7 @@ def cut(self:Sequences,
     "Cut the stretches `rows` out of the long tensor, with their targets"
     rows = torch.as_tensor(rows)
     start,n,dev = self.starts[rows],self.lens[rows],self.x.device
+    if self.back is not None: start = start-self.back[rows]
     at = torch.arange(int(n.max()) if len(n) else 0, device=dev)
     start,n = start.to(dev, non_blocking=True)[:,None],n.to(dev, non_blocking=True)[:,None]
     there,pos = at<n,(start+at).clamp(max=len(self.x)-2)
@@ -83,6 +95,7 @@ def get_idxs(self:SeqDL)->Tensor: # (n,) long, on the CPU
     if not self.shuffle: return torch.arange(n)
     g = torch.Generator().manual_seed(torch.randint(2**62, (1,), generator=self._seeds).item())
     order,lens = torch.randperm(n, generator=g),self.dataset.lens
+    self.dataset.shift(g)
     runs = [o[lens[o].argsort(stable=True)] for o in order.split(self.bs*self.pool)]
     batches = [b for o in runs for b in o.split(self.bs)]
     last = [batches.pop()] if len(batches[-1])<self.bs else []
@@ -215,6 +228,7 @@ class Histories:
     ): store_attr()
     def __len__(self): return len(self.ends)
     def __getitem__(self, u): return self.toks[self.ends[u-1]:self.ends[u]]
+    def slack(self, starts, users): return starts-self.ends[users-1]
 
 @patch
 def stretches(self:Histories,
@@ -257,13 +271,14 @@ def from_df(cls:SeqDataLoaders,
     max_len:int=200, # items read of a history at most, the latest
     bs:int=64, # histories a batch
     *,
+    crop:str='latest', # what training reads of a longer history: the 'latest' items, or 'random': in half of its epochs another stretch
     seed:int|None=None, # fixes the order of the batches
     path:str|Path='.', # where a learner keeps its files
     device=None, # where the histories lie; `None`: fastai's `default_device()`
 ):
     "Make loaders from interactions: the last item of a history is the test, the one before it validation"
     check_cols(df)
-    max_len,bs = check_pos(max_len, 'max_len'),check_pos(bs, 'bs')
+    max_len,bs,crop = check_pos(max_len, 'max_len'),check_pos(bs, 'bs'),check_choice(crop, 'crop', ('latest','random'))
     user,item = find_col(df, user_name, 'user'),find_col(df, item_name, 'item')
     (users,umap),(items,imap) = _codes(df[user], 'user_name'),_codes(df[item], 'item_name')
     order = _time_order(df, users, time_name)
@@ -273,7 +288,8 @@ def from_df(cls:SeqDataLoaders,
     dss = []
     for part in ('train','valid','test'):
         start,n,who = hist.stretches(part, max_len)
-        dss.append(Sequences(toks, start, n, {user:umap, item:imap}, part!='train', who))
+        slack = hist.slack(start, who) if part=='train' and crop=='random' else None
+        dss.append(Sequences(toks, start, n, {user:umap, item:imap}, part!='train', who, slack))
     if not len(dss[0]): raise ValueError(f"none of {len(umap)-1} histories has an item to train on and one to ask for: each has one item, or three of which two are held out")
     dls = cls(SeqDL(dss[0], bs=bs, shuffle=True, seed=seed), *(SeqDL(o, bs=max(bs, 128)) for o in dss[1:]), path=path, device=device)
     dls.hist,dls.max_len,dls.user_name,dls.item_name = hist,max_len,user,item
@@ -289,6 +305,28 @@ def new_empty(self:SeqDataLoaders):
     return res
 
 # %% ../nbs/15a_seq_data.ipynb #f530bfe3
+def _ids(col):
+    "Whole numbers where each of the strings is one as it is printed, else the strings"
+    codes,ids = pd.factorize(col)
+    if not pd.Series(ids).str.fullmatch('-?[1-9][0-9]{0,17}|0').all(): return col
+    return ids.astype('int64')[codes]
+
+def _read_pairs(path):
+    "Frame of user and item from a file of pairs, or an error that names the line"
+    with open(path, 'rb') as f: packed = 'gzip' if f.read(2)==b'\x1f\x8b' else None if Path(path).suffix=='.gz' else 'infer'
+    try: df = pd.read_csv(path, sep=r'\s+', header=None, dtype=str, keep_default_na=False, quoting=3, encoding='utf-8-sig', compression=packed)
+    except UnicodeDecodeError as e: raise ValueError(f"{str(path)!r} is not a text in UTF-8 ({e}): convert it, or read it yourself and use `from_df`") from e
+    except pd.errors.EmptyDataError as e: raise ValueError(f"{str(path)!r} is empty") from e
+    except pd.errors.ParserError as e: raise ValueError(f"{str(path)!r} should hold a user and an item a line: {str(e).strip()}") from e
+    if df.shape[1]!=2: raise ValueError(f"{str(path)!r} has {df.shape[1]} columns in its first line; a user and an item were expected")
+    short = (df=='').any(axis=1) | df.isna().any(axis=1)
+    if short.any(): raise ValueError(f"{str(path)!r}, entry {short.idxmax()+1}: {df[0][short.idxmax()]!r} stands alone; a user and an item were expected")
+    df = df.set_axis(['user','item'], axis=1)
+    rest = df[1:].apply(_ids)
+    if len(rest) and all(o.dtype.kind=='i' for _,o in rest.items()) and not all(o.lstrip('-').isdigit() for o in df.iloc[0]):
+        raise ValueError(f"the first line of {str(path)!r}, {' '.join(df.iloc[0])!r}, looks like a heading: leave it out")
+    return df.apply(_ids)
+
 @patch(cls_method=True)
 @delegates(SeqDataLoaders.from_df)
 def from_pairs(cls:SeqDataLoaders,
@@ -299,7 +337,4 @@ def from_pairs(cls:SeqDataLoaders,
 ):
     "Make loaders from a file of `user item` lines in order of time"
     if not Path(path).is_file(): raise ValueError(f"`path`={str(path)!r} is not a file")
-    try: df = pd.read_csv(path, sep=r'\s+', header=None)
-    except pd.errors.EmptyDataError as e: raise ValueError(f"{str(path)!r} is empty") from e
-    if df.shape[1]!=2: raise ValueError(f"{str(path)!r} has {df.shape[1]} columns in its first line; a user and an item were expected")
-    return cls.from_df(df.set_axis(['user','item'], axis=1), time_name=None, max_len=max_len, bs=bs, **kwargs)
+    return cls.from_df(_read_pairs(path), time_name=None, max_len=max_len, bs=bs, **kwargs)

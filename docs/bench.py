@@ -1,5 +1,9 @@
-"""A page for each record in benchmarks/: date, machine, command, every table in it with bars, and the script."""
+"""A page for each record in benchmarks/: date, machine, command, charts, what it is held against, every figure in it, and the script."""
 import ast,html,json,re
+
+from charts import num
+from pages import esc
+from records import view
 
 about = ('date','machine','command','versions','env','load_average')
 charted = re.compile(r'^(mean|rmse|mape|mse|secs|seconds|s_per_epoch|valid_nll|recall@\d+|ndcg@\d+|accuracy|log loss|us_a_row|ms)$', re.I)
@@ -65,40 +69,93 @@ def find(d, key):
 def machine(m):
     if not isinstance(m, dict): return str(m or 'not recorded')
     n,cpu = m.get('cores', m.get('cpus')),m.get('cpu', m.get('model'))
-    return ', '.join(o for o in (f'{n} x {cpu}', f"{m['ram_gib']} GiB" if 'ram_gib' in m else '', m.get('gpu') or '', f"{m['threads']} thread(s)" if 'threads' in m else '') if o)
+    return ', '.join(o for o in (f'{n} x {cpu}', f"{m['ram_gib']} GiB" if 'ram_gib' in m else '', m.get('gpu') or '', f"{m['threads']} thread{'s' if m['threads']!=1 else ''}" if 'threads' in m else '') if o)
 
 def versions(d):
     v = find(d, 'versions') or {k:o for k,o in (find(d, 'machine') or {}).items() if k in ('python','torch','fastai','pandas','numpy')} \
         if isinstance(find(d, 'machine'), dict) or find(d, 'versions') else {}
     return ', '.join(f'{k} {o}' for k,o in v.items())
 
+def raw(s): return f'`````{{raw}} html\n{s}\n`````'
+
+def manner(doc):
+    "A script's docstring as Markdown: its commands as code"
+    parts = []
+    for p in doc.split('\n\n'):
+        ls = p.split('\n')
+        code = all(l.startswith(('    ','python ')) for l in ls)
+        parts.append('```text\n'+'\n'.join(l.removeprefix('    ') for l in ls)+'\n```' if code else esc(' '.join(ls)))
+    return '\n\n'.join(parts)
+
+def held_table(held, links=None):
+    "Figures beside what they are held against; `links`: a page for each"
+    head = '| what | here | held against | its figure | outcome |\n|---|---|---|---|---|'
+    if links: head = '| record'+head.replace('\n|', '\n|---|')
+    line = lambda o: f'{esc(o.what)} | {num(o.got)} | {esc(o.source)} | {num(o.want)} | {o.outcome()} |'
+    return '\n'.join([head, *[f'| {links[i] if links else ""}{" | " if links else ""}{line(o)}' for i,o in enumerate(held)]])
+
 def page(f, script):
-    "Title, first words of the script, and the page of a record"
+    "Title, first words of the script, the page of a record, and its view"
     d,src = json.loads(f.read_text(encoding='utf-8')),script.read_text(encoding='utf-8') if script.exists() else ''
     doc = (ast.get_docstring(ast.parse(src)) or '') if src else ''
-    what = doc.split('\n\n')[0].replace('\n', ' ')
-    head = re.split(r'[:.?]( |$)', what)[0].replace('`', '')
-    title = head if 0<len(head)<=70 else f.stem.replace('_', ' ').capitalize()
+    what = re.sub(r': python benchmarks/.*$', '.', doc.split('\n\n')[0].replace('\n', ' '))
+    what = re.sub(r':$', '.', what)
+    v = view(f.stem, d)
+    title = v.title or f.stem.replace('_', ' ').capitalize()
     meta = {'date':find(d, 'date'), 'machine':machine(find(d, 'machine')), 'versions':versions(d), 'command':find(d, 'command')}
-    rows = ''.join(f'<tr><th scope="row">{k}</th><td>{html.escape(str(v))}</td></tr>' for k,v in meta.items() if v)
+    rows = ''.join(f'<tr><th scope="row">{k}</th><td>{html.escape(str(o))}</td></tr>' for k,o in meta.items() if o)
+    parts = [f'# {title}', esc(what), raw(f'<div class="table-wrapper"><table class="frame meta"><tbody>{rows}</tbody></table></div>')]
+    charts = '\n'.join(o for o in v.parts if o)
+    if charts: parts += ['## Results', raw(charts)]
+    if v.held: parts += ['## Held against', held_table(v.held)]
+    if v.short: parts += ['## To be kept in mind', '\n'.join(f'- {esc(o)}' for o in v.short)]
+    if '\n\n' in doc: parts += ['## How it was measured', manner(doc[doc.index('\n\n')+2:])]
     body = '\n'.join(tables(d))
-    raw = lambda s: f'`````{{raw}} html\n{s}\n`````'
-    parts = [f'# {title}', html.escape(what).replace('$', r'\$'), raw(f'<div class="table-wrapper"><table class="frame meta"><tbody>{rows}</tbody></table></div>'),
-             '## Results', raw(body), '## Script', f'`benchmarks/{script.name}`', f'``````{{code-block}} python\n{src}\n``````']
-    return title,what,meta,'\n\n'.join(parts)+'\n'
+    whole = raw('<details class="src"><summary>every figure in the record</summary>'+body+'</details>') if charts else raw(body)
+    parts += ['## The record', f'`benchmarks/{f.name}`', whole]
+    if src: parts += ['## The script', f'`benchmarks/{script.name}`', raw('<details class="src"><summary>source</summary>'), f'``````{{code-block}} python\n{src}\n``````', raw('</details>')]
+    return title,what,meta,v,'\n\n'.join(parts)+'\n'
+
+def script_of(f):
+    "The script that wrote a record: `loop.py` for `loop.json` and `loop_cpu.json`"
+    s = f.with_suffix('.py')
+    return s if s.exists() else f.with_name(re.sub('_[cg]pu$', '', f.stem)+'.py')
+
+def awaited(src, done):
+    "Scripts, and halves of scripts, whose record is not here: [(record, first words, command)]"
+    res = []
+    for f in sorted(src.glob('*.py')):
+        text = f.read_text(encoding='utf-8')
+        halves = re.findall(r"record\('(\w+)' if cuda else '(\w+)'", text) or [(b,a) for a,b in re.findall(r"record\('(\w+)' if device=='cpu' else '(\w+)'", text)]
+        names = halves[0] if halves else (f.stem,)
+        if '__main__' not in text: continue
+        for n in names:
+            if n not in done and not any(k.startswith(f.stem+'_') for k in done if not halves):
+                res.append((n, (ast.get_docstring(ast.parse(text)) or '').split('\n\n')[0].replace('\n', ' '), f'`python benchmarks/{f.name}`' + (', on a GPU' if halves and n==halves[0][0] else '')))
+    return res
 
 def write_benchmarks(src, out):
     "A page a record, and a page of all; returns the names"
     out.mkdir(parents=True, exist_ok=True)
-    done = {}
+    done,held,links = {},[],[]
     for f in sorted(src.glob('*.json')):
-        title,what,meta,md = page(f, f.with_suffix('.py'))
+        title,what,meta,v,md = page(f, script_of(f))
         (out/f'{f.stem}.md').write_text(md, encoding='utf-8')
         done[f.stem] = (title,what,meta)
-    rows = [f"| [{t}]({n}.md) | {w.replace('|', chr(92)+'|').replace('$', chr(92)+'$')} | {(m['date'] or '').replace('-', chr(0x2011))} |" for n,(t,w,m) in done.items()]
+        held += v.held
+        links += [f'[{title}]({f.stem}.md)' if not i else '' for i in range(len(v.held))]
+    rows = [f"| [{t}]({n}.md) | {esc(w)} | {(m['date'] or '').replace('-', chr(0x2011))} |" for n,(t,w,m) in done.items()]
+    said = [o.outcome().split()[0].strip(':') for o in held if o.outcome()]
+    count = ', '.join(f'{said.count(w)} {w}' for w in ('ahead','even','behind'))
+    machines = sorted({re.sub(', [0-9]+ threads?$', '', m['machine']) for _,_,m in done.values()})
     text = ['# Benchmarks', '> Every figure with its date, its machine, its command and its script', '',
-            'Each page is made from the record that a script in `benchmarks/` wrote, and shows all that is in it. Figures of quality are of held-out rows, '
-            'choices were made on validation rows; times are of the machine that is named, side by side in one run.', '',
-            '| record | what is measured | date |', '|---|---|---|', *rows, '', '```{toctree}\n:hidden:\n\n' + '\n'.join(done) + '\n```']
+            'Each page is made from the record that a script in `benchmarks/` wrote: nothing on it was typed in but figures that others published. Figures of quality are of held-out rows, '
+            'and choices were made on validation rows; times are of the machine that is named, side by side in one run. What fell short stands [beside what did not](#ahead-and-behind).', '',
+            f'Machines: {esc("; ".join(machines))}.', '', '| record | what is measured | date |', '|---|---|---|', *rows]
+    if wait := awaited(src, done):
+        text += ['', '## Not recorded yet', '', 'These scripts are there to be run; no record of theirs is, so nothing is claimed.', '',
+                 '| record | what it would measure | command |', '|---|---|---|', *[f'| {n.replace("_", " ")} | {esc(w)} | {c} |' for n,w,c in wait]]
+    text += ['', '## Ahead and behind', '', f'All comparisons of all records: {count}. A lesson or a paper mostly prints one run; *even* is a difference smaller than the spread of the seeds.', '', held_table(held, links),
+             '', '```{toctree}\n:hidden:\n\n' + '\n'.join(done) + '\n```']
     (out/'index.md').write_text('\n'.join(text)+'\n', encoding='utf-8')
     return done

@@ -131,17 +131,22 @@ class Writer:
         s = re.sub(r'\x1b\[[0-9;]*m', '', text(d.get('text/plain', ''))).rstrip()
         if not s or re.match(r'<(Axes|Figure|matplotlib|IPython)|\[<|array\(\[<Axes|\(<Axes', s) or (with_image and s.startswith('<')): return None
         return fenced(s, 'text', 'output')
+    def record(self, f):
+        "The page of a script or record in benchmarks/; that of all where there is no record yet"
+        return next((n for n in (f.stem,f'{f.stem}_cpu',f'{f.stem}_gpu') if f.with_name(f'{n}.json').exists()), 'index')
     def target(self, page, url):
         "A link in a notebook as a link of the site"
         if re.match(r'[a-z]+:|#', url): return url
         path,_,frag = url.partition('#')
         for base in (page.path.parent, root):
             f = Path(os.path.normpath(base/path))
+            if f.suffix=='.html' and f.with_suffix('.ipynb').exists(): f = f.with_suffix('.ipynb') # as Quarto's pages are linked
             if not f.exists() or root not in f.parents: continue
             rel = f.relative_to(root).as_posix()
             up = '../'*page.doc.count('/')
             if f.suffix=='.ipynb': rel = f.relative_to(nbs).with_suffix('.md').as_posix()
-            elif rel.startswith('benchmarks/') and f.suffix in ('.py','.json'): rel,frag = f'benchmarks/{f.stem}.md',''
+            elif rel.startswith('benchmarks/') and f.suffix in ('.py','.json'): rel,frag = f'benchmarks/{self.record(f)}.md',''
+            elif rel=='benchmarks': rel = 'benchmarks/index.md'
             elif rel in ('CONTRIBUTING.md','CHANGELOG.md'): rel = rel.lower()
             else: continue
             return f'{up}{rel}' + (f'#{frag}' if frag else '')

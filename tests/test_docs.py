@@ -1,5 +1,5 @@
 "The site: built whole, from the notebooks alone, and looked at in a browser"
-import ast,functools,http.server,json,os,re,sys,threading
+import ast,functools,html,http.server,json,os,re,sys,threading
 from pathlib import Path
 from urllib.parse import unquote,urlparse
 
@@ -45,6 +45,36 @@ def test_a_page_for_each_notebook(site):
         if '.ipynb_checkpoints' not in p.parts: assert (site/p.relative_to(root/'nbs').with_suffix('.html')).exists(), p.name
     for p in (root/'benchmarks').glob('*.json'): assert (site/'benchmarks'/f'{p.stem}.html').exists(), p.name
 
+def test_each_record_is_read_and_what_is_missing_is_said(tmp_path):
+    "Every record has charts of its own; a script without a record is named; a record of another shape is shown as it is"
+    from bench import write_benchmarks
+    from records import view
+    for p in (root/'benchmarks').glob('*.json'):
+        v = view(p.stem, json.loads(p.read_text()))
+        assert v.title and any(v.parts) and not any('another shape' in o for o in v.short), (p.name, v.short)
+    src = tmp_path/'benchmarks'
+    src.mkdir()
+    for n in ('loop.py','loaders.py','topk.py'): (src/n).write_text((root/'benchmarks'/n).read_text())
+    side = dict(seconds={'fastai':4., 'cfext':1.}, times_faster={'fastai':1., 'cfext':4.}, all={'fastai':[4.,5.,4.], 'cfext':[1.,1.,1.]})
+    grow = {k:{str(n):dict(s=n/1e4, us_a_step=float(n)) for n in ns} for k,ns in dict(rows=(10**5,10**6), catalogue=(10**3,10**5), factors=(8,256)).items()}
+    (src/'loop_cpu.json').write_text(json.dumps({'date':'2026-01-02', 'command':'c', 'machine':dict(cpu='Some CPU', cores=2), 'ML-100K, bs 64':side, 'growth':grow}))
+    assert list(write_benchmarks(src, tmp_path/'out'))==['loop_cpu']
+    md = (tmp_path/'out'/'loop_cpu.md').read_text()
+    assert md.count('<svg class="lines"')==6 and '1M 1,000,000' in md and '4 times as fast' in md
+    for o in ('2026-01-02','Some CPU','python benchmarks/loop.py','def growth'): assert o in md, o
+    index = (tmp_path/'out'/'index.md').read_text()
+    assert 'Not recorded yet' in index and '`python benchmarks/loop.py`, on a GPU' in index and '`python benchmarks/loaders.py`' in index and '`python benchmarks/topk.py`, on a GPU' in index and '1 ahead, 0 even, 0 behind' in index
+    (src/'loop_cpu.json').write_text(json.dumps({'date':'2026-01-02', 'machine':'m', 'ML-100K, bs 64':dict(seconds=[1,2])}))
+    write_benchmarks(src, tmp_path/'out')
+    md = (tmp_path/'out'/'loop_cpu.md').read_text()
+    assert 'another shape' in md and 'ML-100K, bs 64' in md
+
+@pytest.mark.parametrize('got,want,kw,says', [(.8,.9,{},'ahead by 11.1%'), (.8,.9,dict(less=False),'behind by 11.1%'), (.89,.9,dict(sd=.02),'even'), (2.,8.,dict(time=True),'ahead: 4 times'),
+                                              (8.,2.,dict(time=True),'behind: 4 times'), (None,2.,{},'not recorded'), (1.,1.,{},'even')])
+def test_ahead_and_behind(got, want, kw, says):
+    from records import Held
+    assert Held('x', got, want, 'y', **kw).outcome().startswith(says)
+
 def test_every_public_name_has_its_place(site):
     import cfext
     text = {p: p.read_text(encoding='utf-8') for p in pages(site)}
@@ -78,12 +108,52 @@ def test_nothing_from_outside_is_named(site):
         for tag,attr in (('script','src'),('link','href'),('img','src'),('iframe','src')):
             for m in re.findall(rf'<{tag} [^>]*{attr}="([^"]*)"', t): assert not urlparse(m).netloc or 'canonical' in m, f'{p.name}: {m}'
 
-@pytest.mark.parametrize('what,words', [('pages/own_data','from_csv'), ('10_recommend','top-k'), ('pages/boosted_trees','LightGBM'), ('07_callbacks','GradientAccumulator')])
-def test_one_click_from_the_start(site, what, words):
-    start = (site/'index.html').read_text(encoding='utf-8')
-    main = start[start.index('<article'):start.index('</article>')]
-    assert f'href="{what}.html' in main
-    assert words in (site/f'{what}.html').read_text(encoding='utf-8')
+def article(p):
+    t = p.read_text(encoding='utf-8')
+    return t[t.index('<article'):t.index('</article>')]
+
+def clicks_to(site, words):
+    "Fewest clicks, on links in the text alone, from the start page to a page whose code has `words`"
+    seen,at,n = set(),{site/'index.html'},0
+    while at:
+        text = {p: article(p) for p in at}
+        if any(words in re.sub('<[^>]*>', '', ' '.join(re.findall('<pre.*?</pre>', t, re.S))) for p,t in text.items() if n): return n
+        seen |= at
+        to = {(p.parent/unquote(urlparse(h).path)).resolve() for p,t in text.items() for h in re.findall('<a [^>]*href="([^"]*)"', t) if not urlparse(h).scheme and urlparse(h).path}
+        at,n = {p for p in to if p.suffix=='.html'}-seen,n+1
+
+@pytest.mark.parametrize('words', ['CFDataLoaders.from_csv(','.recommend(','LGBMRegressor(','GradientAccumulator('])
+def test_two_clicks_from_the_start_at_most(site, words):
+    "Train on a CSV, lists, LightGBM, accumulation: seen at work, not only named"
+    assert 1<=clicks_to(site, words)<=2
+    assert clicks_to(site, 'no page shows this') is None
+
+def test_each_code_block_has_run(site):
+    "What a page shows as Python is a cell that `nbdev-test` runs, or the text of a script or module; what stands in prose is for a shell"
+    for p in [*(root/'nbs').rglob('*.ipynb')]:
+        if '.ipynb_checkpoints' in p.parts: continue
+        assert not p.name.startswith('_') and not {'skip_exec','skip_showdoc'} & set(json.loads(p.read_text())['metadata'])
+        for c in json.loads(p.read_text())['cells']:
+            src = ''.join(c['source'])
+            if c['cell_type']=='code': assert not re.search(r'^#\|\s*(eval: false|notest|slow|cuda)', src, re.M) and not src.startswith(('!','%%')), f'{p.name} shows what is not run: {src[:80]!r}'
+            else:
+                assert c['cell_type']=='markdown' and not re.search('skip_exec', src), p.name
+                for block in re.findall(r'^```(.*?)```', src, re.M|re.S): assert re.match(r'\n(pip|make|cfext|python) ', block), f'{p.name}: {block[:80]!r} is not run'
+    run = ['\n'.join(re.sub(r'^#\|.*\n?', '', ''.join(c['source']), flags=re.M).strip() for c in json.loads(p.read_text())['cells']) for p in (root/'nbs').rglob('*.ipynb')]
+    run = re.sub(r'\s', '', '\n'.join([*run, *[p.read_text() for p in (root/'benchmarks').glob('*.py')]]))
+    n = 0
+    for p in pages(site):
+        for block in re.findall(r'<div class="highlight-python notranslate">.*?<pre>(.*?)</pre>', p.read_text(encoding='utf-8'), re.S):
+            code = re.sub(r'\s', '', html.unescape(re.sub('<[^>]*>', '', block)))
+            assert code in run, f'{p.name}: {code[:80]!r}'
+            n += 1
+    assert n>300
+
+def test_names_in_the_readme_are_there():
+    import cfext
+    have = set(cfext.__all__) | {n for o in map(cfext.__dict__.get, cfext.__all__) if isinstance(o, type) for n in dir(o)} | {'cfext','CollabDataLoaders','collab_learner','with'}
+    for span in re.findall('`([^`\n]+)`', (root/'README.md').read_text()):
+        for n in re.findall(r'(?<![\w=\'./])([A-Za-z_]\w+)(?=\()', span): assert n in have or n=='recipe', f'{n} in {span!r}'
 
 def test_cells_that_import_stand_alone():
     "Quarto's nbdev-docs runs exported cells and cells with imports, and these only: they must not need what others define"
@@ -150,6 +220,6 @@ def test_dark_and_narrow(browser, site):
 @pytest.mark.parametrize('dark', [False,True])
 def test_everybody_can_use_it(browser, site, dark):
     w = browser(site.as_uri(), dark=dark)
-    for name in ('index','10_recommend','benchmarks/lesson') if dark else ('index','10_recommend','04_losses','pages/own_data','tutorials/from_scratch','benchmarks/index','benchmarks/lesson'):
+    for name in ('index','10_recommend','benchmarks/index','benchmarks/lesson','benchmarks/emb_sizes','pages/from_fastai','tutorials/from_scratch') if dark else ('index','10_recommend','04_losses','pages/own_data','tutorials/from_scratch','benchmarks/index','benchmarks/lesson'):
         w.page.goto((site/f'{name}.html').as_uri())
         assert not (f := faults(w.page)), f'{name}: {f}'

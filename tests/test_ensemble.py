@@ -1,5 +1,5 @@
 "Ensembles: greedy selection against a naive one, folds that go on after a kill, members that do not fit"
-import os,signal,subprocess,sys,time
+import json,os,signal,subprocess,sys,time
 from pathlib import Path
 
 import numpy as np,pandas as pd,pytest,torch
@@ -45,6 +45,23 @@ def test_greedy_picks_are_those_of_the_naive_selection(seed, name):
     picks = naive_greedy(P, y, error, 30)
     assert greedy_picks(P, lambda p: -error(p, y), 30) == picks
     blend = greedy_blend(P, y, name, n_steps=30, n_boot=3, cv=2)
+    np.testing.assert_allclose(list(blend.weights.values()), np.bincount(picks, minlength=m)/len(picks))
+
+@pytest.mark.parametrize('seed', range(4))
+def test_greedy_picks_of_a_ranking_metric(seed):
+    rng = np.random.default_rng(seed)
+    n,m = rng.integers(60, 150),rng.integers(2, 7)
+    users,y = rng.integers(0, 9, n),rng.integers(0, 5, n)
+    P = [y*rng.uniform(0.1, 1)+rng.normal(0, rng.uniform(0.5, 2), n) for _ in range(m)]
+    def ndcg(p, y):
+        res = []
+        for u in np.unique(users):
+            dcg = lambda by: sum(y[users==u][j]/np.log2(r+2) for r,j in enumerate(np.argsort(-by[users==u], kind='stable')[:10]))
+            if dcg(y): res.append(dcg(p)/dcg(y))
+        return np.mean(res)
+    picks = naive_greedy(P, y, lambda p,y: -round(ndcg(p, y), 12), 15)
+    blend = greedy_blend(P, y, lambda p,y,g: round(grouped_ndcg(p, y, g), 12), groups=users, n_steps=15, n_boot=3, cv=2)
+    assert blend.larger is True
     np.testing.assert_allclose(list(blend.weights.values()), np.bincount(picks, minlength=m)/len(picks))
 
 def test_greedy_on_classes_and_on_a_metric_to_be_made_large():
@@ -291,6 +308,11 @@ def test_bundles(df, members, tmp_path):
     assert len([o for o in (tmp_path/'e').iterdir()])==4, 'an older ensemble is cleared away'
     (tmp_path/'e'/'ensemble.json').write_text('{"kind"')
     with pytest.raises(BundleError, match='is not readable as JSON'): load_ensemble(tmp_path/'e')
+    ens.save_bundle(tmp_path/'e')
+    with pytest.raises(BundleError, match='holds an ensemble: read it with load_ensemble'): Ensemble([members[0], tmp_path/'e'])
+    what = json.loads((tmp_path/'e'/'ensemble.json').read_text())
+    (tmp_path/'e'/'ensemble.json').write_text(json.dumps({k:v for k,v in what.items() if k!='weights'}))
+    with pytest.raises(BundleError, match='lacks weights; save the ensemble again'): load_ensemble(tmp_path/'e')
 
 # members of other kinds
 

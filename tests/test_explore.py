@@ -1,5 +1,5 @@
 "The explorer: its answers, its bad input, and its pages in a browser"
-import hashlib,json,socket,subprocess,sys,threading,time
+import hashlib,json,re,socket,subprocess,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +69,17 @@ def test_answers_are_those_of_the_learner(bundle):
     assert [ex.items[o['item']] for o in got]==want['item'].tolist()
     assert not {2,7,10} & {o['item'] for o in got}
 
+def test_find_is_that_of_a_naive_search(bundle):
+    "The title itself, then beginnings, then beginnings of words, then any place; the more rated first"
+    ex = Explorer(bundle[0])
+    for role in ('item','user'):
+        names,n = [t.casefold() for t in ex.titles[role]],ex.counts[role]
+        for q in ('the ','o','long long','1','33','garden','the o','e (19','مدينة','<SCRIPT>','nothing of the kind',' ',''):
+            want,t = [],q.strip().casefold()
+            for i in sorted(range(len(names)), key=lambda i: -n[i]):
+                if t and all(w in names[i] for w in t.split()): want.append(((names[i]!=t, not names[i].startswith(t), ' '+t not in names[i]), i))
+            for k in (1,3,50): assert ex.find(role, q, k)==[i for _,i in sorted(want, key=lambda o: o[0])][:k], (role, q, k)
+
 def test_why_names_what_was_liked(bundle):
     ex = Explorer(bundle[0])
     u = ex.place('user', '7')
@@ -102,6 +113,12 @@ def test_other_bundles(tmp_path, kw, quiet):
     for u in ('/',f'/user?id={ex.keys["user"][0]}','/map','/biases','/metrics','/new'): assert c.get(u).status_code==200, u
     assert c.get('/item', params=dict(id=ex.keys['item'][0])).status_code==200
     assert c.get('/new?r=0:5').status_code==(400 if kw.get('model')=='nn' else 200)
+
+def test_long_titles_are_cut_where_they_are_reasons(client):
+    r = client.get('/new?r=2:5')
+    whys = re.findall('class="why">.*?</small>', r.text, re.S)
+    assert any('because of' in o for o in whys)
+    for why in whys: assert len(re.sub('<[^>]*>', '', why))<200
 
 def test_a_hundred_thousand_items(tmp_path):
     n = 100_000
@@ -169,6 +186,13 @@ def browser():
 
 def test_the_whole_path_in_a_browser(browser, bundle):
     with running(bundle[0]) as url:
+        assert url.startswith('http://127.0.0.1:')
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s: # the address under which others would ask
+            try: s.connect(('192.0.2.1', 9))
+            except OSError: pass
+            own = s.getsockname()[0]
+        if own[:4] not in ('127.','0.0.'):
+            with pytest.raises(OSError): socket.create_connection((own, int(url.rsplit(':', 1)[1])), 2)
         w = browser(url)
         page = w.page
         page.goto(url)

@@ -1,4 +1,5 @@
 "The lean and the captured loop against fastai's: every loss, every learning rate, every parameter"
+import os,subprocess,sys
 from functools import partial
 
 import pytest,torch
@@ -24,6 +25,9 @@ class Path(CFLearner):
     path_ = 'lean'
     def _fast_epoch(self):
         if self.path_=='lean': return lean_epoch(self)
+        if self.path_=='written':
+            assert factor_hurdle(self) is None
+            return factor_epoch(self)
         assert capture_hurdle(self) is None
         return captured_epoch(self, record=self.path_=='cuda')
 
@@ -141,6 +145,37 @@ def test_fit_after_load(path, tmp_path):
         l.load('a')
         l.fit_one_cycle(1, 0.01)
     same(how, path)
+
+@pytest.mark.parametrize('kw', [dict(unk_p=0.05), dict(weights=True), dict(bs=37), dict(bs=4801), dict(drop_last=True), dict(cls=DotProduct),
+                                dict(opt_func=opts['adam_l2'], splitter=split)], ids=lambda kw: '-'.join(kw))
+def test_written_out(kw): same(path='written', **kw)
+
+@pytest.mark.parametrize('sched', scheds)
+def test_written_out_schedules(sched): same(scheds[sched], 'written')
+
+def test_written_out_frozen():
+    def how(l):
+        l.create_opt()
+        l.opt.freeze_to(-1)
+        l.fit_one_cycle(1, 0.02)
+        l.opt.unfreeze()
+        l.fit_one_cycle(1, slice(1e-3, 1e-2))
+    same(how, 'written', splitter=split)
+
+def test_only_what_is_known_is_written_out():
+    class Mine(DotProductBias):
+        def forward(self, x): return super().forward(x)*2
+    for kw,why in ((dict(cls=Mine), 'the model is Mine'), (dict(opt_func=SGD), 'not fastai'), (dict(cbs=lambda: GradientClip(1.)), 'gradient_clip'),
+                   (dict(loss_func=L1LossFlat()), 'not MSELossFlat')):
+        learn = make('lean', **kw)
+        learn.dl = learn.dls.train
+        learn.create_opt()
+        assert why in factor_hurdle(learn)
+    learn = make('lean')
+    learn.dl,_ = learn.dls.train,learn.create_opt()
+    assert factor_hurdle(learn) is None
+    learn.model.register_forward_hook(lambda *args: None)
+    assert 'plain float32' in factor_hurdle(learn)
 
 def test_bf16_where_there_is_no_gpu():
     same(path='steps', cbs=lambda: MixedPrecision('bf16'))
@@ -299,3 +334,11 @@ def test_rows_that_stay_in_host_memory():
 def capture_hurdle_of(learn):
     learn.dl = learn.dls.train
     return capture_hurdle(learn)
+
+def test_kernels_in_an_interpreter():
+    "The page of the kernels, in a process where Triton interprets its programs from the beginning"
+    pytest.importorskip('triton')
+    page = os.path.join(os.path.dirname(__file__), '..', 'nbs', '05d_kernels.ipynb')
+    code = f"from nbdev.test import test_nb; import triton.language as tl; assert type(tl.sum).__name__=='InterpretedFunction'; sys_exit = 0 if test_nb({page!r})[0] else 1; raise SystemExit(sys_exit)"
+    res = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'TRITON_INTERPRET':'1'}, capture_output=True, text=True)
+    assert res.returncode==0, res.stdout[-2000:]+res.stderr[-2000:]

@@ -8,8 +8,10 @@ from fastai.losses import L1LossFlat
 from fastai.metrics import mae
 from fastai.optimizer import Adam,RMSProp,SGD
 from fastai.torch_core import get_random_states,no_random
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from cfext import *
-from cfext.many import _Rows,_pieces
+from cfext.many import _Replay,_Rows,_pieces
 
 pytestmark = pytest.mark.usefixtures('quiet')
 df = synth_ratings(60, 40, 1000)
@@ -202,6 +204,51 @@ def test_steps_that_lie_on_the_device(mk, monkeypatch):
     check(partial(make, **mk), 3, 0.02, wd=0.1, atol=1e-4 if 'model' in mk else 1e-5)
     sizes = [122,183,200,244]
     check(lambda s: make(s, rows=(np.arange(sizes[s]), np.arange(900,1000)), **mk), 2, 0.02, n=4, atol=1e-4 if 'model' in mk else 1e-5)
+
+def record_by_tracing(self):
+    "Stands in for the recording of a graph: the operations of one step, with the tensors that they work on, and nothing of the host"
+    S,A = self.together.stack,self.together.adam
+    kept = [S.P.flat, S.G.flat, A.m.flat, A.v.flat, self.i, self.losses]
+    before = [t.clone() for t in kept]
+    ops = make_fx(lambda _: self.step())(torch.zeros(1))
+    class Graph: replay = staticmethod(lambda: ops(torch.zeros(1)))
+    for t,b in zip(kept, before): t.copy_(b)
+    self.graph = Graph
+
+@pytest.mark.parametrize('mk', [dict(), dict(model=DotProduct), dict(weight_name='weight'), dict(opt_func=partial(Adam, decouple_wd=False))], ids=named)
+def test_a_step_that_is_recorded_once_and_replayed(mk, monkeypatch):
+    monkeypatch.setattr('cfext.many._Together.on_device', True)
+    monkeypatch.setattr('cfext.many._Replay.record', record_by_tracing)
+    init,made = _Replay.__init__,[]
+    def recording(self, *args):
+        init(self, *args)
+        self.records = True
+        made.append(self)
+    monkeypatch.setattr('cfext.many._Replay.__init__', recording)
+    each = [dict(lr_max=0.02, wd=0.1), dict(lr_max=0.01, wd=0.2), dict(lr_max=0.03, wd=0.01)]
+    for s,(l,e) in enumerate(zip(fit_many(partial(make, **mk), 3, n=3, each=each), each)): same(l, alone(partial(make, **mk), s, 3, **e))
+    assert len(made)==1 and made[0].graph is not None, 'one recording serves all epochs'
+
+class NoHost(TorchDispatchMode):
+    "Refuses what makes the host wait for a GPU"
+    waits = 'aten::_local_scalar_dense','aten::nonzero','aten::masked_select','aten::equal','aten::is_nonzero','aten::_unique2','aten::item'
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in self.waits, f'{func} waits for the device'
+        if func._schema.name in ('aten::index','aten::index_put_'):
+            assert all(i is None or (i.ndim and i.dtype is not torch.bool) for i in args[1]), 'this index waits for the device'
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('mk', [dict(), dict(weight_name='weight', loss_func=L1LossFlat()), dict(model='nn', config={**wide, 'use_bn':True, 'ps':0.1}), dict(opt_func=partial(Adam, decouple_wd=False))], ids=named)
+def test_the_step_does_not_ask_the_host(mk, monkeypatch):
+    step,seen = _Replay.step,[]
+    def watched(self):
+        with NoHost(): step(self)
+        seen.append(1)
+    monkeypatch.setattr('cfext.many._Together.on_device', True)
+    monkeypatch.setattr('cfext.many._Replay.step', watched)
+    fit_many(partial(make, **mk), 1, 0.01, n=2)
+    assert len(seen)==800//61
+    with pytest.raises(AssertionError, match='waits'),NoHost(): torch.ones(3)[torch.tensor([True,False,True])]
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

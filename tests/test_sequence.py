@@ -1,5 +1,5 @@
 "The sequence room against naive code, its contracts over all models, and awkward input"
-import math
+import gzip,math
 
 import numpy as np,pandas as pd,pytest,torch
 from torch.nn import functional as F
@@ -56,6 +56,68 @@ def test_every_row_once_an_epoch_and_seeded():
     eq(rows, len(a.train.dataset))
     eq(sum(1 for _ in a.train), len(a.train))
 
+@pytest.mark.parametrize('max_len', [1,4,99])
+def test_random_crops_stay_in_their_history(max_len):
+    "Training sees more than the latest items and nothing that is held out; the held-out rows are read as ever"
+    df = visits(60)
+    plain,dls = (SeqDataLoaders.from_df(df, max_len=max_len, bs=7, crop=o, seed=3) for o in ('latest','random'))
+    allowed = {u: h[:-2].tolist() if len(h)>2 else h.tolist() for u,h in ((u, dls.hist[u]) for u in range(1, len(dls.hist)))}
+    ds,seen = dls.train.dataset,set()
+    for _ in range(20):
+        for r in dls.train.get_idxs().tolist():
+            x,y = ds.cut([r])
+            whole,u = [*x[0].tolist(),y[0,-1].item()],int(ds.users[r])
+            at = [i for i in range(len(allowed[u])) if allowed[u][i:i+len(whole)]==whole]
+            assert at, (u,whole,allowed[u])
+            seen |= {(u,i) for i in at}
+    longer = {u for u,h in allowed.items() if len(h)>max_len+1}
+    assert all(len({i for v,i in seen if v==u})>1 for u in longer)
+    for a,b in zip(plain.loaders[1:], dls.loaders[1:]):
+        for p,q in zip(a, b): same(p[0], q[0]), same(p[1], q[1])
+    again = SeqDataLoaders.from_df(df, max_len=max_len, bs=7, crop='random', seed=3)
+    for _ in range(20): again.train.get_idxs()
+    same(again.train.dataset.back, ds.back)
+    same(ds.subset([2,0]).slack, ds.slack[[2,0]])
+
+FILES = [('users in turn', 'b x\na x\nb y\na y\nb z\na z\na w\n', {'a':['x','y','z','w'],'b':['x','y','z']}),
+         ('blank lines, either line end', '\n1 5\r\n\r\n 1 6 \n1\t7\r\n\n1 8', {1:[5,6,7,8]}),
+         ('ids as they are written', '007 1\n7 1\n007 2\n7 2\n007 3\n7 03\n7 4\n', {'007':['1','2','3'],'7':['1','2','03','4']}),
+         ('NA is an id', 'NA null\nNA nan\nNA "q\nNA None\n', {'NA':['null','nan','"q','None']}),
+         ('below zero, and too large', '-1 5\n-1 99999999999999999999\n-1 7\n-1 8\n', {-1:['5','99999999999999999999','7','8']}),
+         ('a mark of the byte order', '\ufeffé 1\né 2\né 3\né 4\n', {'é':[1,2,3,4]}),
+         ('one item a user', '1 5\n2 6\n3 5\n3 6\n3 7\n3 8\n', {1:[5],2:[6],3:[5,6,7,8]})]
+
+@pytest.mark.parametrize('packed', [False,True])
+@pytest.mark.parametrize('what,text,want', FILES, ids=[o[0] for o in FILES])
+def test_files_of_pairs(tmp_path, what, text, want, packed):
+    path = tmp_path/('pairs.gz' if packed else 'pairs.txt')
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    dls = SeqDataLoaders.from_pairs(path, bs=2)
+    users = dls.classes['user'].decode(range(1, len(dls.hist))).tolist()
+    eq({u: dls.vocab.decode(dls.hist[i]).tolist() for i,u in enumerate(users, 1)}, want)
+
+@pytest.mark.parametrize('text,says', [('', 'is empty'), ('\n\n', 'is empty'), ('1 5\n1\n1 7\n', "entry 2: '1' stands alone"), ('1 5\n1 6\n1 7 9\n', 'line 3'),
+                                       ('user item\n1 5\n1 6\n', 'looks like a heading'), ('1,5\n1,6\n', '1 columns in its first line'), ('1 5\n2 6\n', 'none of 2 histories')])
+def test_awkward_files_of_pairs(tmp_path, text, says):
+    (tmp_path/'pairs.txt').write_text(text)
+    with pytest.raises(ValueError, match=says): SeqDataLoaders.from_pairs(tmp_path/'pairs.txt')
+
+def test_names_and_bytes_of_files(tmp_path):
+    (tmp_path/'not_packed.gz').write_text('1 5\n1 6\n1 7\n1 8\n')
+    (tmp_path/'packed').write_bytes(gzip.compress(b'1 5\n1 6\n1 7\n1 8\n'))
+    for o in ('not_packed.gz','packed'): eq(SeqDataLoaders.from_pairs(tmp_path/o).vocab.decode([1,2,3]).tolist(), [5,6,7])
+    (tmp_path/'latin').write_bytes('é 1\né 2\né 3\n'.encode('latin1'))
+    with pytest.raises(ValueError, match='not a text in UTF-8'): SeqDataLoaders.from_pairs(tmp_path/'latin')
+
+def test_a_catalogue_of_one_item(tmp_path):
+    (tmp_path/'one').write_text('1 5\n'*4+'2 5\n'*5)
+    dls = SeqDataLoaders.from_pairs(tmp_path/'one', bs=2)
+    learn = seq_learner(dls, 'sasrec', config=dict(n_factors=4))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    eq(learn.evaluate('test', 1)['recall@1'], 1.)
+    eq((len(learn.recommend(1)),len(learn.recommend(1, drop_seen=False))), (0,1))
+    with pytest.raises(ValueError, match='no negatives'): seq_learner(dls, 'sasrec', 'gbce')
+
 def test_global_rng_untouched():
     torch.manual_seed(1)
     want = torch.rand(3)
@@ -99,6 +161,60 @@ def test_padding_changes_no_loss(kind, shared):
         torch.manual_seed(0)
         res.append(SeqLoss(net, kind, 5, shared=shared)(net(a), b))
     same(res[0], res[1], 1e-5)
+
+@pytest.mark.parametrize('arch,config', [('sasrec',dict(n_factors=6)),('gru4rec',dict(n_factors=4,n_hidden=5)),('loop',dict(n_factors=3,n_hidden=5))])
+def test_full_softmax_without_its_scores(arch, config, monkeypatch):
+    "Loss and gradients are those of PyTorch's cross-entropy over all scores, a row at a time and all at once"
+    net = seq_archs[arch](9, **config).train()
+    for m in net.modules():
+        if isinstance(m, torch.nn.Dropout): m.p = 0.
+    x,y = torch.randint(1, 9, (3,4)),torch.randint(1, 9, (3,4))
+    y[1,2:] = 0
+    grads = []
+    for lean in (False,True):
+        net.zero_grad()
+        monkeypatch.setattr(SeqLoss, '_can_lean', lambda self, h: lean)
+        loss = SeqLoss(net)(net(x), y)
+        eq(type(loss.grad_fn).__name__=='LinearCEBackward', lean)
+        (loss*.7).backward()
+        grads.append([loss.detach(),*(p.grad.clone() for p in net.parameters())])
+    for a,b in zip(*grads): same(a, b, 1e-6)
+
+def test_who_can_lean():
+    net = GRU4Rec(9, 4, 5).train()
+    loss,h = SeqLoss(net),net(torch.ones(2, 3, dtype=torch.long))
+    assert loss._can_lean(h) and not loss._can_lean(h.detach())
+    with torch.autocast('cpu', torch.bfloat16): assert not loss._can_lean(h)
+    class Own(GRU4Rec):
+        def score(self, h, items=None): return super().score(h, items)*2
+    assert not SeqLoss(Own(9, 4, 5))._can_lean(h)
+    close(SeqLoss(net)(h, torch.full((2,3), 4)).item(), SeqLoss(net)(h, torch.full((2,3), 4), 'none').mean().item(), 1e-6)
+
+def test_negatives_by_either_way():
+    "Drawn for each target, they are scored from all scores or from their own vectors: the same numbers"
+    for n_neg,n in ((5,200),(5,9)): # 5 draws of 4 factors are less than 200 items, and more than 9
+        torch.manual_seed(0)
+        net = GRU4Rec(n, 4, 5).train()
+        h,y = torch.randn(6, 4),torch.randint(1, n, (6,))
+        torch.manual_seed(1)
+        pos,neg = SeqLoss(net, 'gbce', n_neg, shared=False).sample(h, y)
+        torch.manual_seed(1)
+        drawn = torch.randint(1, n, (6,n_neg))
+        s = net.score(h)
+        same(pos, s.gather(1, y[:,None])[:,0], 1e-5)
+        same(neg, s.gather(1, drawn).masked_fill(drawn==y[:,None], -math.inf), 1e-5)
+
+def test_dropout_by_bytes():
+    x = torch.ones(301, 997, requires_grad=True)
+    for p in (.001,.2,.5,1.):
+        torch.manual_seed(0)
+        out = ByteDropout(p)(x)
+        share = (out==0).float().mean().item()
+        close(share, p, 4e-3)
+        if p<1: close(out.mean().item(), 1, 1e-2)
+        out.sum().backward()
+        same(x.grad, out.detach())
+        x.grad = None
 
 def test_gbce_beta_is_the_papers():
     for n_neg,n_items,t in ((1,100,.5),(16,1000,.75),(256,3416,.75),(5,6,1.)):
