@@ -172,7 +172,7 @@ def record(self:StepGraph):
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): self.step()
     self.graph,self.sign = graph,self.signature()
 
-# %% ../nbs/05a_capture.ipynb #741a3d0c
+# %% ../nbs/05a_capture.ipynb #c09f7de6
 def capture_hurdle(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 )->str|None: # why the step can't be recorded; None if nothing speaks against it
@@ -192,6 +192,7 @@ def _captured(learn):
     learn._step_graph = StepGraph(learn)
     return learn._step_graph
 
+# %% ../nbs/05a_capture.ipynb #9552b518
 @contextmanager
 def _aside(device):
     "Run a block on a stream of its own, where the device is a GPU"

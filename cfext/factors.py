@@ -19,7 +19,7 @@ from .data import *
 from .models import *
 from .loop import _asks,_Books,_fused_kind,lay_out,FusedAdam
 
-# %% ../nbs/05c_factors.ipynb #00fe511c
+# %% ../nbs/05c_factors.ipynb #29cc571c
 class FactorGrad:
     "Loss and gradients of the mean squared error of a `DotProduct` or `DotProductBias`, without autograd"
     names = 'user_factors','item_factors','user_bias','item_bias'
@@ -33,7 +33,9 @@ class FactorGrad:
         self.tables,self.sums = [[t.view(-1) if t.shape[1]==1 and j>1 else t for j,t in enumerate(o)] for o in (ts, self.grads)]
         self.y_range,self.offset = model.y_range,float(getattr(model, 'offset', 0.))
     @classmethod
-    def tables_of(cls, model): return [getattr(model, n) for n in cls.names if hasattr(model, n)]
+    def tables_of(cls, model):
+        "The parameters of factors and, if there are any, of biases"
+        return [getattr(model, n) for n in cls.names if hasattr(model, n)]
     def scores(self, u, i):
         "Factors of the rows, and their scores"
         P,Q,*bias = self.tables

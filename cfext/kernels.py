@@ -85,7 +85,7 @@ def _adam_kernel(at, j, nums, width, p0, m0, v0, g0, n0, p1, m1, v1, g1, n1, p2,
     elif pid<E2: _adam(p2, m2, v2, g2, n2, row+K2, pid-E1, M2, B)
     else: _adam(p3, m3, v3, g3, n3, row+K3, pid-E2, M3, B)
 
-# %% ../nbs/05d_kernels.ipynb #e3e53dd8
+# %% ../nbs/05d_kernels.ipynb #4b857c22
 class KernelSteps:
     "Steps of Adam on the tables of a dot product, by two kernels each"
     block = 1024
@@ -113,6 +113,7 @@ class KernelSteps:
     def record(self,
         per:int, # steps that one replay does
     ):
+        "Capture `per` steps as a CUDA graph, without running them"
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for j in range(per): self.launch(j, self.bs)
@@ -166,7 +167,7 @@ def kernel_hurdle(
     if not all(p in there for p in learn.model.parameters()): return "some of its tables are frozen"
     return kernel_ready(str(learn.dls.device))
 
-# %% ../nbs/05d_kernels.ipynb #ba4762d4
+# %% ../nbs/05d_kernels.ipynb #d1604d76
 _kept = weakref.WeakKeyDictionary()
 
 def _steps(learn, stepper):
@@ -186,7 +187,10 @@ def _steps(learn, stepper):
     return new
 
 @patch
-def load(self:KernelSteps, blocks, nums):
+def load(self:KernelSteps,
+    blocks, # what `row_blocks` yields
+    nums:Tensor, # (steps, groups, columns), from `TensorStep.table`
+):
     "Lay down an epoch's rows and numbers"
     self.nums.copy_(nums)
     self.losses.zero_()

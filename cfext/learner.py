@@ -53,7 +53,7 @@ class RowWeights(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
-# %% ../nbs/06_learner.ipynb #a51dbc8e
+# %% ../nbs/06_learner.ipynb #b8b8aed4
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
     mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
@@ -81,8 +81,9 @@ class CFLearner(Learner):
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
     def _fast_epoch(self):
         if torch.device(self.dls.device).type!='cuda' or self.no_capture: return (lean_epoch if factor_hurdle(self) else factor_epoch)(self)
-        from cfext.kernels import kernel_hurdle,kernel_epoch
+        from cfext.kernels import kernel_hurdle,kernel_epoch,kernel_ready
         if kernel_hurdle(self) is None: return kernel_epoch(self)
+        if factor_hurdle(self) is None and (why := kernel_ready(str(self.dls.device))): self._tell(f"the step is recorded from PyTorch's functions: {why}")
         why = capture_hurdle(self)
         if why is None: return captured_epoch(self)
         self._tell(f"the steps are not captured: {why}")

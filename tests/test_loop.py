@@ -1,5 +1,4 @@
 "The lean and the captured loop against fastai's: every loss, every learning rate, every parameter"
-import os,subprocess,sys
 from functools import partial
 
 import pytest,torch
@@ -334,11 +333,3 @@ def test_rows_that_stay_in_host_memory():
 def capture_hurdle_of(learn):
     learn.dl = learn.dls.train
     return capture_hurdle(learn)
-
-def test_kernels_in_an_interpreter():
-    "The page of the kernels, in a process where Triton interprets its programs from the beginning"
-    pytest.importorskip('triton')
-    page = os.path.join(os.path.dirname(__file__), '..', 'nbs', '05d_kernels.ipynb')
-    code = f"from nbdev.test import test_nb; import triton.language as tl; assert type(tl.sum).__name__=='InterpretedFunction'; sys_exit = 0 if test_nb({page!r})[0] else 1; raise SystemExit(sys_exit)"
-    res = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'TRITON_INTERPRET':'1'}, capture_output=True, text=True)
-    assert res.returncode==0, res.stdout[-2000:]+res.stderr[-2000:]
