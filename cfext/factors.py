@@ -74,7 +74,7 @@ def __call__(self:FactorGrad,
     for g,at in zip(bias, (u,i)): g.index_add_(0, at, c)
     return loss/n
 
-# %% ../nbs/05c_factors.ipynb #2a338c3a
+# %% ../nbs/05c_factors.ipynb #f79d540a
 class PairGrad(FactorGrad):
     "Loss and gradients of a `RankingLoss` of a `DotProduct` or `DotProductBias`; autograd sees the scores alone"
     def __init__(self,
@@ -120,8 +120,9 @@ def __call__(self:PairGrad,
         if bias: d += bias[1].index_select(0, i)-bias[1].index_select(0, j)
         loss,c = self.bpr(d, w)
         gP.index_add_(0, u, q.mul_(c[:,None]))
-        p *= c[:,None]
-        for g,t in zip((gQ,*gbias[1:]), (p,c)): g.index_add_(0, i, t).index_add_(0, j, t, alpha=-1)
+        for g,t in zip((gQ,*gbias[1:]), (p.mul_(c[:,None]),c)):
+            g.index_add_(0, i, t)
+            g.index_add_(0, j, t.neg_())
         return loss
     k = Q.index_select(0, neg.reshape(-1)).view(*neg.shape, -1)
     s = torch.cat([torch.linalg.vecdot(p, q)[:,None], p@k.T if neg.ndim==1 else torch.bmm(k, p[:,:,None])[:,:,0]], 1)

@@ -230,7 +230,7 @@ def _hard(self:NegativeSampler, users, pos, gen, score):
     top,at = s.topk(self.n_neg, dim=1)
     return pool.gather(1, at),top>-torch.inf,None
 
-# %% ../nbs/04a_negatives.ipynb #82f415fe
+# %% ../nbs/04a_negatives.ipynb #76235a03
 class Negatives(Callback):
     "Put the scores of negatives beside each prediction, for a `RankingLoss`"
     order,on_device = 15,True
@@ -243,7 +243,8 @@ class Negatives(Callback):
     ): self.n_neg,self.how,self.seed,self.kwargs,self.gen = n_neg,how,seed,kwargs,None
     def before_fit(self):
         self._setup()
-        if self.seed is None or self.gen is None: self.gen = torch.Generator(self.dls.device).manual_seed(ifnone(self.seed, torch.randint(2**62, (1,)).item()))
+        seed = torch.randint(2**62, (1,)).item() if self.seed is None else self.seed
+        if self.seed is None or self.gen is None: self.gen = torch.Generator(self.dls.device).manual_seed(seed)
     def before_validate(self):
         self._setup()
         self.valid_gen = torch.Generator(self.dls.device).manual_seed(ifnone(self.seed, 0))
