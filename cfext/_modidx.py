@@ -540,6 +540,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.kernels.KernelSteps.launch': ('kernels.html#kernelsteps.launch', 'cfext/kernels.py'),
                                'cfext.kernels.KernelSteps.load': ('kernels.html#kernelsteps.load', 'cfext/kernels.py'),
                                'cfext.kernels.KernelSteps.record': ('kernels.html#kernelsteps.record', 'cfext/kernels.py'),
+                               'cfext.kernels.KernelSteps.run': ('kernels.html#kernelsteps.run', 'cfext/kernels.py'),
                                'cfext.kernels._adam': ('kernels.html#_adam', 'cfext/kernels.py'),
                                'cfext.kernels._adam_block': ('kernels.html#_adam_block', 'cfext/kernels.py'),
                                'cfext.kernels._adam_kernel': ('kernels.html#_adam_kernel', 'cfext/kernels.py'),
