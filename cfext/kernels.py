@@ -87,7 +87,7 @@ def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1
     elif pid<E2: _adam(p2+o, m2+o, v2+o, g2+o, n2, row+K2, pid-E1, M2, B)
     else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-E2, M3, B)
 
-# %% ../nbs/05d_kernels.ipynb #1ce9f16e
+# %% ../nbs/05d_kernels.ipynb #59e510d6
 class KernelSteps:
     "Steps of Adam on the tables of K dot products, by two kernels each"
     block = 1024
@@ -151,7 +151,7 @@ def run(self:KernelSteps,
 ):
     "Train on batch after batch; yields how many are done"
     i,n_whole = 0,sum(m==self.bs for m in sizes)
-    per = min(per, n_whole-1)
+    per = min(per, n_whole-1) if self.at.is_cuda else 0
     while i<len(sizes):
         if per>1 and i and self.graph is None: per = _try(self, per)
         if self.graph is not None and i+self.per<=n_whole:
