@@ -124,11 +124,11 @@ class _Rows:
         x,y,w = self.dl._take(self.idx[s])
         return x.long() if self.mask is None else x.long().masked_fill(self.mask[s], 0),y,None if w is None else w/self.scale
 
-# %% ../nbs/14g_many.ipynb #15f42399
+# %% ../nbs/14g_many.ipynb #6ffeb4bc
 def _n_full(rows, bs):
     "How many steps all members make with full batches"
-    n = max(len(r.cuts) for r in rows)-1
-    return next((i for i in range(n) if any(r.size(i)!=bs for r in rows)), n)
+    odd = lambda sizes: next(iter(np.flatnonzero(sizes!=bs)), len(sizes))
+    return int(min(odd(np.diff(r.cuts)) for r in rows))
 
 def _pieces(rows, bs, begin=0, block=1<<20):
     "Yield (first step, members, x (steps,k,size,2), y, w): steps of one size that these members make together"
@@ -333,7 +333,7 @@ class _Bar:
             self.bar = progress_bar(range(learn.n_epoch*len(learn.dl)), leave=False)
             self.bar.update(0)
 
-# %% ../nbs/14g_many.ipynb #e5e532c1
+# %% ../nbs/14g_many.ipynb #334b92b7
 def fit_many(
     learners, # learners of one shape, or a function (seed) -> such a learner
     *args, # what each learner's `fit` takes, the same for all: epochs, learning rate
@@ -359,6 +359,6 @@ def fit_many(
             together.epoch(bar)
     finally:
         for m in members: m.stop()
-    lost = [k for k,l in enumerate(learns) if len(l.recorder.losses) and torch.isnan(torch.stack(list(l.recorder.losses))[-1])]
+    lost = [k for k,l in enumerate(learns) if len(l.recorder.losses) and torch.isnan(l.recorder.losses[-1])]
     if lost: warnings.warn(f"the loss of learner {', '.join(map(str, lost))} has become NaN; the others are not touched by it", stacklevel=2)
     return L(learns)

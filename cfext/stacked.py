@@ -70,14 +70,14 @@ class Stacked:
         "Cut out what is one model's"
         return T[k,:self.models[k].get_parameter(name).shape[0]] if name in self.tables else T[k]
 
-# %% ../nbs/14f_stacked.ipynb #da48d6c7
+# %% ../nbs/14f_stacked.ipynb #69da789f
 @patch
 def rooms(self:Stacked)->Rooms: # zeros
     "Make room for the parameters of all models; those of dot products lie model by model, factors and then biases"
     res = Rooms((n, self.room(n, p)) for n,p in self.models[0].named_parameters())
     if not self.dot: return res
     width,ends = res['user_factors'].shape[2],np.cumsum([0, *(t[0].numel() for t in res.values())])
-    unit = int(np.lcm(width, 16)) # whole rows, and whole loads of a GPU
+    unit = int(np.lcm(width, 16 if res['user_factors'].is_cuda else 1)) # whole rows, and whole loads of a GPU
     res.flat = res['user_factors'].new_zeros(len(self), -(-int(ends[-1])//unit)*unit)
     for (n,t),a,b in zip(list(res.items()), ends, ends[1:]): res[n] = res.flat[:,a:b].view(t.shape)
     return res
@@ -218,7 +218,7 @@ def give(self:StackedAdam):
         for key,T in (('grad_avg',self.m),('sqr_avg',self.v)): s[key] = self.stack.part(n, T[n], k).clone()
         s['step'] = int(t[k][j])
 
-# %% ../nbs/14f_stacked.ipynb #e505879f
+# %% ../nbs/14f_stacked.ipynb #ec52e05f
 @patch
 def lay_out(self:StackedAdam,
     rows:list, # for each model: hyper-parameters of each step, as `lay_out` gives them
@@ -227,7 +227,8 @@ def lay_out(self:StackedAdam,
     self.take()
     self.rows = rows
     alike = bool((self.t==self.t[0]).all()) and all(o.hypers==self.opts[0].hypers for o in self.opts)
-    self.same = [alike and all(r is rows[0] or r[i:i+1]==rows[0][i:i+1] for r in rows) for i in range(max(map(len, rows)))]
+    others = [r for r in rows if r is not rows[0]]
+    self.same = [alike and all(r[i:i+1]==rows[0][i:i+1] for r in others) for i in range(max(map(len, rows)))]
 
 @patch
 def hypers(self:StackedAdam,
