@@ -2,8 +2,9 @@
 
     python benchmarks/fit_many.py [--n 8] [--repeats 5] [--device cpu]
 
-An epoch of one learner (its own fast loop) and an epoch of `fit_many` take turns; the ratio is that of their medians. Then the
-weights of every third member after a whole fit are held against those of the same learner fitted alone."""
+An epoch of one learner (its own fast loop) and an epoch of `fit_many` take turns; the ratio is that of their medians. Where both ran
+by kernels, the time of their steps is told apart from that of all the rest (schedules, bookkeeping, validation, callbacks). Then
+the weights of every third member after a whole fit are held against those of the same learner fitted alone."""
 import argparse,statistics,sys,time
 from pathlib import Path
 
@@ -16,6 +17,31 @@ from cfext.sources import *
 from cfext.data import *
 from cfext.learner import *
 from cfext.many import *
+from cfext.many import _Together
+
+ways,steps = {'one':set(),'many':set()},[]
+
+def watch():
+    "Note how steps run, and how long those of kernels take"
+    epoch,fast = _Together.epoch,CFLearner._fast_epoch
+    def together(self, tick):
+        epoch(self, tick)
+        ways['many'].add(self.way)
+    def alone(self):
+        before = len(steps)
+        fast(self)
+        ways['one'].add('kernels' if len(steps)>before else 'recorded' if getattr(self, '_step_graph', None) else 'called')
+    _Together.epoch,CFLearner._fast_epoch = together,alone
+    if not torch.cuda.is_available(): return
+    from cfext.kernels import KernelSteps
+    run = KernelSteps.run
+    def timed_run(self, *args, **kwargs):
+        torch.cuda.synchronize()
+        t = time.perf_counter()
+        yield from run(self, *args, **kwargs)
+        torch.cuda.synchronize()
+        steps.append((self.n_models, time.perf_counter()-t))
+    KernelSteps.run = timed_run
 
 def timed(f, device):
     if device!='cpu': torch.cuda.synchronize()
@@ -31,6 +57,7 @@ if __name__=='__main__':
     ap.add_argument('--epochs', type=int, default=1, help='of the fits that are held against each other')
     ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = ap.parse_args()
+    watch()
     df = read_ratings(data_dir('ml-100k'))
     def make(seed):
         learn = cf_learner(CFDataLoaders.from_df(df, seed=seed, bs=64, device=args.device), n_factors=50, y_range=(0,5.5), seed=seed)
@@ -48,12 +75,16 @@ if __name__=='__main__':
     res = []
     for _ in range(args.repeats):
         res.append((alone(0)[1], many(args.n)))
-        print('one {:.2f} s, together {:.2f} s'.format(*res[-1]), flush=True)
+        print('one {:.3f} s, together {:.3f} s'.format(*res[-1]), flush=True)
     one,all_ = (statistics.median(o) for o in zip(*res))
-    print(f'one {one:.2f} s, {args.n} at once {all_:.2f} s: {all_/one:.2f} times')
+    how = {k: ', '.join(sorted(v)) for k,v in ways.items()}
+    print(f'one {one:.3f} s ({how["one"]}), {args.n} at once {all_:.3f} s ({how["many"]}): {all_/one:.2f} times')
+    of = {k: [t for m,t in steps if m==k] for k in (1,args.n)}
+    alone_s,many_s = (statistics.median(o) if o else None for o in of.values())
+    if alone_s and many_s: print(f'of that steps by kernels: one {alone_s:.4f} s, {args.n} at once {many_s:.4f} s: {many_s/alone_s:.2f} times')
     learns,worst = fit_many(make, args.epochs, 5e-3, n=args.n, wd=0.1),0.
     for s,l in list(enumerate(learns))[::3]:
         with no_random(s, reproducible=False): o,_ = alone(s, args.epochs)
         worst = max(worst, *((p-q).abs().max().item() for p,q in zip(l.model.parameters(), o.model.parameters())))
     print(f'largest difference of a weight after {args.epochs} epochs: {worst:.2e}')
-    record('fit_many', dict(device=args.device, n=args.n, one=one, many=all_, ratio=all_/one, pairs=res, largest_difference=worst, epochs=args.epochs))
+    record('fit_many', dict(device=args.device, n=args.n, one=one, many=all_, ratio=all_/one, pairs=res, ways=how, steps_one=alone_s, steps_many=many_s, largest_difference=worst, epochs=args.epochs))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KernelSteps', 'kernel_ready', 'kernel_hurdle', 'kernel_epoch']
 
-# %% ../nbs/05d_kernels.ipynb #78235181
+# %% ../nbs/05d_kernels.ipynb #90f100f2
 import weakref
 from functools import cache
 from types import SimpleNamespace
@@ -22,24 +22,25 @@ from .factors import *
 
 try: import triton,triton.language as tl
 except ImportError: triton,tl = None,SimpleNamespace(constexpr=int)
-_jit = noop if triton is None else triton.jit(do_not_specialize=['j','m','bs'])
+_jit = noop if triton is None else triton.jit(do_not_specialize=['j','m','bs','n_rows','n_steps'])
 _inline = noop if triton is None else triton.jit
 
-# %% ../nbs/05d_kernels.ipynb #9abaf5ff
+# %% ../nbs/05d_kernels.ipynb #7afc537c
 @_jit
-def _grad_kernel(at, j, m, bs, x, y, w, P, Q, bu, bi, gP, gQ, gbu, gbi, losses, lo, span, offset,
+def _grad_kernel(at, j, m, bs, n_rows, n_steps, stride, x, y, w, offset, P, Q, bu, bi, gP, gQ, gbu, gbi, losses, lo, span,
                  F:tl.constexpr, WIDE:tl.constexpr, ROWS:tl.constexpr, BIAS:tl.constexpr, RANGE:tl.constexpr, WEIGHTS:tl.constexpr):
-    step = tl.load(at)+j
+    k,step = tl.program_id(1).to(tl.int64),tl.load(at)+j
     r,f = tl.program_id(0)*ROWS+tl.arange(0, ROWS),tl.arange(0, WIDE)
     ok = r<m
-    row = step*bs+r
+    row = k*n_rows+step*bs+r
     u = tl.load(x+2*row, mask=ok, other=0).to(tl.int64)
     i = tl.load(x+2*row+1, mask=ok, other=0).to(tl.int64)
     cell = ok[:,None] & (f<F)[None,:]
-    pu,qi = u[:,None]*F+f[None,:],i[:,None]*F+f[None,:]
+    pu,qi = k*stride+u[:,None]*F+f[None,:],k*stride+i[:,None]*F+f[None,:]
+    bu,bi,gbu,gbi = bu+k*stride+u,bi+k*stride+i,gbu+k*stride+u,gbi+k*stride+i
     p,q = tl.load(P+pu, mask=cell, other=0.),tl.load(Q+qi, mask=cell, other=0.)
-    s = tl.sum(p*q, 1)+offset
-    if BIAS: s += tl.load(bu+u, mask=ok, other=0.)+tl.load(bi+i, mask=ok, other=0.)
+    s = tl.sum(p*q, 1)+tl.load(offset+k)
+    if BIAS: s += tl.load(bu, mask=ok, other=0.)+tl.load(bi, mask=ok, other=0.)
     share = 1./m
     if WEIGHTS: share = tl.load(w+row, mask=ok, other=0.)/m
     d,slope = s-tl.load(y+row, mask=ok, other=0.),1.
@@ -47,15 +48,15 @@ def _grad_kernel(at, j, m, bs, x, y, w, P, Q, bu, bi, gP, gQ, gbu, gbi, losses, 
         g = 1./(1.+tl.exp(-s))
         slope = span*g*(1.-g)
         d = lo+span*g-tl.load(y+row, mask=ok, other=0.)
-    tl.atomic_add(losses+step, tl.sum(tl.where(ok, d*d*share, 0.)), sem='relaxed')
+    tl.atomic_add(losses+k*n_steps+step, tl.sum(tl.where(ok, d*d*share, 0.)), sem='relaxed')
     c = 2.*d*slope*share
     tl.atomic_add(gP+pu, c[:,None]*q, mask=cell, sem='relaxed')
     tl.atomic_add(gQ+qi, c[:,None]*p, mask=cell, sem='relaxed')
     if BIAS:
-        tl.atomic_add(gbu+u, c, mask=ok, sem='relaxed')
-        tl.atomic_add(gbi+i, c, mask=ok, sem='relaxed')
+        tl.atomic_add(gbu, c, mask=ok, sem='relaxed')
+        tl.atomic_add(gbi, c, mask=ok, sem='relaxed')
 
-# %% ../nbs/05d_kernels.ipynb #4972c255
+# %% ../nbs/05d_kernels.ipynb #93ce478c
 @_inline
 def _adam_block(p, m, v, g, n, row, pid, MODE:tl.constexpr, B:tl.constexpr, WHOLE:tl.constexpr):
     o = pid.to(tl.int64)*B+tl.arange(0, B)
@@ -78,21 +79,22 @@ def _adam(p, m, v, g, n, row, pid, MODE:tl.constexpr, B:tl.constexpr):
     else: _adam_block(p, m, v, g, n, row, pid, MODE, B, False)
 
 @_jit
-def _adam_kernel(at, j, nums, width, p0, m0, v0, g0, n0, p1, m1, v1, g1, n1, p2, m2, v2, g2, n2, p3, m3, v3, g3, n3,
+def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1, v1, g1, n1, p2, m2, v2, g2, n2, p3, m3, v3, g3, n3,
                  K0:tl.constexpr, K1:tl.constexpr, K2:tl.constexpr, K3:tl.constexpr, M0:tl.constexpr, M1:tl.constexpr, M2:tl.constexpr, M3:tl.constexpr, E0:tl.constexpr, E1:tl.constexpr, E2:tl.constexpr, B:tl.constexpr):
-    row,pid = nums+(tl.load(at)+j)*width,tl.program_id(0)
-    if pid<E0: _adam(p0, m0, v0, g0, n0, row+K0, pid, M0, B)
-    elif pid<E1: _adam(p1, m1, v1, g1, n1, row+K1, pid-E0, M1, B)
-    elif pid<E2: _adam(p2, m2, v2, g2, n2, row+K2, pid-E1, M2, B)
-    else: _adam(p3, m3, v3, g3, n3, row+K3, pid-E2, M3, B)
+    pid,k = tl.program_id(0),tl.program_id(1).to(tl.int64)
+    row,o = nums+(k*n_steps+tl.load(at)+j)*width,k*stride
+    if pid<E0: _adam(p0+o, m0+o, v0+o, g0+o, n0, row+K0, pid, M0, B)
+    elif pid<E1: _adam(p1+o, m1+o, v1+o, g1+o, n1, row+K1, pid-E0, M1, B)
+    elif pid<E2: _adam(p2+o, m2+o, v2+o, g2+o, n2, row+K2, pid-E1, M2, B)
+    else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-E2, M3, B)
 
-# %% ../nbs/05d_kernels.ipynb #4b857c22
+# %% ../nbs/05d_kernels.ipynb #59e510d6
 class KernelSteps:
-    "Steps of Adam on the tables of a dot product, by two kernels each"
+    "Steps of Adam on the tables of K dot products, by two kernels each"
     block = 1024
     def __init__(self,
-        tables:list, # two tables of factors, and two of biases or none
-        avgs:list, # the averages of their gradients
+        tables:list, # two tables of factors, and two of biases or none; (rows, width), or (K, rows, width) with one stride from model to model
+        avgs:list, # the averages of their gradients, which lie as they do
         sqrs:list, # the averages of their squared gradients
         numbers:list, # for each table: which group's numbers it takes
         modes:list, # for each table: weight decay does 0 nothing, 1 shrinks weights, 2 adds to the gradient
@@ -101,15 +103,19 @@ class KernelSteps:
         n_steps:int, # batches of an epoch
         n_groups:int=1, # groups of numbers
         y_range:tuple|None=None, # (low, high) of the predictions
-        offset:float=0., # added to each score
+        offset:Tensor|None=None, # (K,) or one number, added to each score; None: 0
+        grads:list|None=None, # zeros that lie as the tables do; None: made here
     ):
         store_attr()
-        dev = tables[0].device
-        self.grads,self.graph = [torch.zeros_like(t) for t in tables],None
-        self.at,self.losses = torch.zeros(1, dtype=torch.long, device=dev),torch.zeros(n_steps, device=dev)
-        self.x,self.y,self.w = torch.zeros(n_rows, 2, dtype=torch.int32, device=dev),torch.zeros(n_rows, device=dev),None
-        self.nums = torch.zeros(n_steps, n_groups, len(TensorStep.columns), device=dev)
-        ends = torch.tensor([-(-t.numel()//self.block) for t in tables]).cumsum(0).tolist()
+        t,dev = tables[0],tables[0].device
+        K,self.stride = (len(t),t.stride(0)) if t.ndim==3 else (1,0)
+        self.n_models,self.sizes,self.grads = K,[t.numel()//K for t in tables],grads or [torch.zeros_like(t) for t in tables]
+        assert all(o.stride()==t.stride() for ts in (avgs, sqrs, self.grads) for o,t in zip(ts, tables)) and all(t.ndim==2 or t.stride(0)==self.stride for t in tables)
+        self.offset,self.graph = torch.zeros(K, device=dev) if offset is None else offset,None
+        self.at,self.losses = torch.zeros(1, dtype=torch.long, device=dev),torch.zeros(K, n_steps, device=dev)
+        self.x,self.y,self.w = torch.zeros(K, n_rows, 2, dtype=torch.int32, device=dev),torch.zeros(K, n_rows, device=dev),None
+        self.nums = torch.zeros(K, n_steps, n_groups, len(TensorStep.columns), device=dev)
+        ends = torch.tensor([-(-n//self.block) for n in self.sizes]).cumsum(0).tolist()
         self.ends = (ends+ends[-1:]*4)[:4]
     def record(self,
         per:int, # steps that one replay does
@@ -127,34 +133,60 @@ def launch(self:KernelSteps,
     m:int, # rows of its batch
 ):
     "Run one step"
-    ts,gs,F = self.tables,self.grads,self.tables[0].shape[1]
+    ts,gs,F,K = self.tables,self.grads,self.tables[0].shape[-1],self.n_models
     lo,hi = self.y_range or (0.,1.)
     wide = 1<<(F-1).bit_length()
     rows = max(1, (256 if m<4096 else 1024)//wide)
     pad = lambda o: [*o, *o[:4-len(o)]]
-    _grad_kernel[(-(-m//rows),)](self.at, j, m, self.bs, self.x, self.y, self.y if self.w is None else self.w, *pad(ts), *pad(gs), self.losses,
-        float(lo), float(hi-lo), self.offset, F=F, WIDE=wide, ROWS=rows, BIAS=len(ts)>2, RANGE=self.y_range is not None, WEIGHTS=self.w is not None)
-    sets = pad([(t, a, s, g, t.numel()) for t,a,s,g in zip(ts, self.avgs, self.sqrs, gs)])
+    _grad_kernel[(-(-m//rows),K)](self.at, j, m, self.bs, self.n_rows, self.n_steps, self.stride, self.x, self.y, self.y if self.w is None else self.w, self.offset,
+        *pad(ts), *pad(gs), self.losses, float(lo), float(hi-lo), F=F, WIDE=wide, ROWS=rows, BIAS=len(ts)>2, RANGE=self.y_range is not None, WEIGHTS=self.w is not None)
+    sets = pad(list(zip(ts, self.avgs, self.sqrs, gs, self.sizes)))
     n_cols = len(TensorStep.columns)
-    _adam_kernel[(self.ends[-1],)](self.at, j, self.nums, n_cols*self.n_groups, *(o for s in sets for o in s), *(n_cols*k for k in pad(self.numbers)),
-                                   *pad(self.modes), *self.ends[:3], B=self.block)
+    _adam_kernel[(self.ends[-1],K)](self.at, j, self.n_steps, self.stride, self.nums, n_cols*self.n_groups, *(o for s in sets for o in s),
+                                    *(n_cols*k for k in pad(self.numbers)), *pad(self.modes), *self.ends[:3], B=self.block)
 
-# %% ../nbs/05d_kernels.ipynb #8af7fea1
+@patch
+def run(self:KernelSteps,
+    sizes:list, # rows of the epoch's batches
+    per:int=32, # steps in a recording; 0: no recording
+):
+    "Train on batch after batch; yields how many are done"
+    i,n_whole = 0,sum(m==self.bs for m in sizes)
+    per = min(per, n_whole-1) if self.at.is_cuda else 0
+    while i<len(sizes):
+        if per>1 and i and self.graph is None: per = _try(self, per)
+        if self.graph is not None and i+self.per<=n_whole:
+            self.graph.replay()
+            i += self.per
+        else:
+            self.launch(0, sizes[i])
+            self.at += 1
+            i += 1
+        yield i
+
+def _try(ks, per):
+    "Record `per` steps; say so if it can't be done, and go on without"
+    try: ks.record(per)
+    except (RuntimeError, torch.AcceleratorError) as e: print(f"the steps are launched one by one, since they could not be recorded: {str(e).splitlines()[0]}")
+    return per if ks.graph is not None else 0
+
+# %% ../nbs/05d_kernels.ipynb #2467c909
 @cache
 def kernel_ready(
     device:str='cuda', # device to try
 )->str|None: # what is in the way, None: nothing
     "Run the kernels once on made-up rows"
     if triton is None: return "Triton is not installed"
+    cut = lambda flat: [flat[:,a:a+2*n].view(2, 2, n) for a,n in ((0,3), (6,3), (12,1), (14,1))]
     try:
-        new = lambda: [torch.zeros(2, n, device=device) for n in (3,3,1,1)]
-        ks = KernelSteps(new(), new(), new(), [0]*4, [1]*4, 2, 2, 1)
-        ks.y += 3
-        ks.nums += 0.5
+        tables,avgs,sqrs,grads = (cut(torch.zeros(2, 16, device=device)) for _ in range(4))
+        ks = KernelSteps(tables, avgs, sqrs, [0]*4, [1]*4, 2, 2, 1, offset=torch.tensor([0.,1.], device=device), grads=grads)
+        ks.y += torch.tensor([[3.],[5.]], device=device)
+        ks.nums += torch.tensor([0.5,0.25], device=device).view(2, 1, 1, 1)
         ks.launch(0, 2)
-        got = [ks.losses.item(), ks.tables[2][0].item()]
+        got = [*ks.losses[:,0].tolist(), *ks.tables[2][:,0,0].tolist()]
     except Exception as e: return f"Triton can't run here: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-    right = 9.,0.5*3/(36**0.5+0.5) # the gradient is -6
+    right = 9.,16.,0.5*3/(36**0.5+0.5),0.25*2/(64**0.5+0.25) # the gradients are -6 and -8
     if max(abs(a-b) for a,b in zip(got, right))>1e-3: return f"Triton's numbers are wrong here: {got}, not {list(right)}"
 
 def kernel_hurdle(
@@ -169,7 +201,7 @@ def kernel_hurdle(
     if not all(p in there for p in learn.model.parameters()): return "some of its tables are frozen"
     return kernel_ready(str(learn.dls.device))
 
-# %% ../nbs/05d_kernels.ipynb #d1604d76
+# %% ../nbs/05d_kernels.ipynb #0b01d0b5
 _kept = weakref.WeakKeyDictionary()
 
 def _steps(learn, stepper):
@@ -178,41 +210,35 @@ def _steps(learn, stepper):
     at = [next(k for k,(*_,ps) in enumerate(stepper.groups) if any(p is q for q in ps)) for p in params]
     modes = [{'decay':1,'l2':2}[stepper.kind[0]]*stepper.groups[k][2] for k in at]
     tables,avgs,sqrs = [p.data for p in params],[state[p]['grad_avg'] for p in params],[state[p]['sqr_avg'] for p in params]
-    args = dict(numbers=at, modes=modes, bs=dl.bs, n_rows=len(dl.dataset), n_steps=len(dl), n_groups=len(stepper.groups),
-                y_range=learn.model.y_range, offset=float(getattr(learn.model, 'offset', 0.)))
-    sign = [t.data_ptr() for o in (tables,avgs,sqrs) for t in o],args
+    offset = getattr(learn.model, 'offset', None)
+    args = dict(numbers=at, modes=modes, bs=dl.bs, n_rows=len(dl.dataset), n_steps=len(dl), n_groups=len(stepper.groups), y_range=learn.model.y_range)
+    sign = [None if t is None else t.data_ptr() for t in (*tables, *avgs, *sqrs, offset)],args
     old = _kept.get(learn.model)
     if old is not None and old.sign==sign: return old
     _kept.pop(learn.model, None)
-    new = _kept[learn.model] = KernelSteps(tables, avgs, sqrs, **args)
+    new = _kept[learn.model] = KernelSteps(tables, avgs, sqrs, offset=offset, **args)
     new.sign = sign
     return new
 
 @patch
 def load(self:KernelSteps,
-    blocks, # what `row_blocks` yields
-    nums:Tensor, # (steps, groups, columns), from `TensorStep.table`
+    nums:Tensor, # (K, steps, groups, columns), as from `TensorStep.table`
+    *models, # of each model: what `row_blocks` yields
 ):
     "Lay down an epoch's rows and numbers"
     self.nums.copy_(nums)
     self.losses.zero_()
     self.at.zero_()
-    a = 0
-    for cuts,u,i,y,w in blocks:
-        b = a+cuts[-1]
-        self.x[a:b,0],self.x[a:b,1],self.y[a:b] = u,i,y
-        if w is not None and self.w is None: self.w,self.graph = torch.zeros_like(self.y),None
-        if w is not None: self.w[a:b] = w
-        elif self.w is not None: self.w[a:b] = 1.
-        a = b
+    for k,blocks in enumerate(models):
+        a = 0
+        for cuts,u,i,y,w in blocks:
+            b = a+cuts[-1]
+            self.x[k,a:b,0],self.x[k,a:b,1],self.y[k,a:b] = u,i,y
+            if w is not None and self.w is None: self.w,self.graph = torch.ones_like(self.y),None
+            if self.w is not None: self.w[k,a:b] = 1. if w is None else w
+            a = b
 
-# %% ../nbs/05d_kernels.ipynb #5a8a9cfe
-def _try(ks, per):
-    "Record `per` steps; say so if it can't be done, and go on without"
-    try: ks.record(per)
-    except (RuntimeError, torch.AcceleratorError) as e: print(f"the steps are launched one by one, since they could not be recorded: {str(e).splitlines()[0]}")
-    return per if ks.graph is not None else 0
-
+# %% ../nbs/05d_kernels.ipynb #5a5b66c1
 def kernel_epoch(
     learn, # a `Learner` inside `fit`, for which `kernel_hurdle` is None
     per:int=32, # steps in a recording; 0: no recording
@@ -222,21 +248,12 @@ def kernel_epoch(
     n = learn.n_iter = len(cuts)-1
     rows,stepper = lay_out(learn, n),TensorStep(learn.opt)
     ks = _steps(learn, stepper)
-    ks.load(row_blocks(learn), stepper.table(rows, ks.at.device))
+    ks.load(stepper.table(rows, ks.at.device)[None], row_blocks(learn))
     stepper.stepped = {p for *_,ps in stepper.groups for p in ps}
-    books,i = _Books(learn, n, learn.dls.device),0
-    books.losses,n_whole = ks.losses,sum(b-a==ks.bs for a,b in zip(cuts, cuts[1:]))
-    per = min(per, n_whole-1)
+    books = _Books(learn, n, learn.dls.device)
+    books.losses = ks.losses[0]
     try:
-        while i<n:
-            if per>1 and i and ks.graph is None: per = _try(ks, per)
-            if ks.graph is not None and i+ks.per<=n_whole:
-                ks.graph.replay()
-                i += ks.per
-            else:
-                ks.launch(0, cuts[i+1]-cuts[i])
-                ks.at += 1
-                i += 1
+        for i in ks.run([b-a for a,b in zip(cuts, cuts[1:])], per):
             books.done = stepper.done = i
             books.tick()
         books.tick(last=True)

@@ -87,7 +87,7 @@ def stop(self:_Member):
     self.go.release()
     self.thread.join()
 
-# %% ../nbs/14g_many.ipynb #77198686
+# %% ../nbs/14g_many.ipynb #c3ba9aa9
 def _check_member(j, l, l0):
     "Raise if a learner at its batches is one that cannot be trained together with the first"
     if not isinstance(l.dl, ResidentDL): raise TypeError(f"learner {j} has no CFDataLoaders: train it by itself")
@@ -113,24 +113,29 @@ class _Rows:
             self.mask = torch.rand(len(self.idx), 2, device=dl.device)<drop.p if drop and drop.run and drop.p else None
         self.dl,self.bs,self.scale = dl,dl.bs,None if ds.w is None else ds.w.mean()
     def size(self, i): return self.cuts[i+1]-self.cuts[i] if i+1<len(self.cuts) else 0
+    def blocks(self, n, block=1<<20):
+        "Yield the rows of the first `n` batches, as `row_blocks` does"
+        for a in range(0, n, per := max(1, block//self.bs)):
+            x,y,w = self.cut(a, min(a+per, n))
+            yield [0,len(x)],x[:,0],x[:,1],y[:,0],w
     def cut(self, a, b):
         "The rows of batches a to b"
         s = slice(self.cuts[a], self.cuts[b])
         x,y,w = self.dl._take(self.idx[s])
         return x.long() if self.mask is None else x.long().masked_fill(self.mask[s], 0),y,None if w is None else w/self.scale
 
-# %% ../nbs/14g_many.ipynb #c8b936fc
+# %% ../nbs/14g_many.ipynb #6ffeb4bc
 def _n_full(rows, bs):
     "How many steps all members make with full batches"
-    n = max(len(r.cuts) for r in rows)-1
-    return next((i for i in range(n) if any(r.size(i)!=bs for r in rows)), n)
+    odd = lambda sizes: next(iter(np.flatnonzero(sizes!=bs)), len(sizes))
+    return int(min(odd(np.diff(r.cuts)) for r in rows))
 
-def _pieces(rows, bs, begin=0, end=None, block=1<<20):
+def _pieces(rows, bs, begin=0, block=1<<20):
     "Yield (first step, members, x (steps,k,size,2), y, w): steps of one size that these members make together"
     K,full = len(rows),_n_full(rows, bs)
     per = max(1, block//(bs*K))
     todo = [(a, min(a+per, full), range(K)) for a in range(begin, full, per)]
-    for i in range(max(begin, full), ifnone(end, max(len(r.cuts) for r in rows)-1)):
+    for i in range(max(begin, full), max(len(r.cuts) for r in rows)-1):
         sizes,k = [r.size(i) for r in rows],0
         while k<K:
             stop = next((j for j in range(k, K) if sizes[j]!=sizes[k]), K)
@@ -154,10 +159,10 @@ def _losses(learn, pred, y, w):
         with learn.loss_not_reduced(): losses = (vmap(lambda p,y: learn.loss_func(p, y).reshape(len(p), -1).mean(1))(pred, y)*w).mean(1)
     return losses.detach(),torch.autograd.grad(losses.sum(), pred)[0]
 
-# %% ../nbs/14g_many.ipynb #4e733505
+# %% ../nbs/14g_many.ipynb #db8ee495
 class _Together:
     "The stacked models and optimizers of some members"
-    on_device,replay = None,None # run whole batches by a step that lies on the device? None: on a GPU
+    way,device_steps = None,None # full batches: 'kernels', 'recorded' or 'called' from the host; None: see `pick`
     def __init__(self, members):
         self.members,self.learns = members,[m.learn for m in members]
         for j,l in enumerate(self.learns): _check_member(j, l, self.learns[0])
@@ -166,6 +171,13 @@ class _Together:
         self.device,self.sign = torch.device(self.learns[0].dl.device),self.signature()
     def signature(self): return [(id(l.model), id(l.opt), l.dl.bs, [p.requires_grad for p in l.model.parameters()]) for l in self.learns]
     def goes_on(self, members): return self.members==members and self.sign==self.signature()
+    def pick(self):
+        "How to run full batches; says why not by kernels, where that was to be hoped for"
+        if self.device.type!='cuda': return 'called'
+        from cfext.kernels import kernel_hurdle
+        why = next(filter(None, map(kernel_hurdle, self.learns)), None)
+        if why: getattr(self.learns[0], '_tell', print)(f"the steps are recorded from PyTorch's functions, not run by kernels: {why}")
+        return 'recorded' if why else 'kernels'
     def grads(self, ks, x, y, w):
         "Compute the losses (k,) and gradients of the members `ks` on a batch each"
         losses,g = _losses(self.learns[0], self.stack(x, ks).detach(), y, w)
@@ -197,28 +209,35 @@ def _plans(learns, counts):
         res.append(res[j] if j<len(res) else lay_out(l, n))
     return res
 
-# %% ../nbs/14g_many.ipynb #103316dd
+# %% ../nbs/14g_many.ipynb #1e225f86
 class _Replay:
     "The steps that all members make with full batches; rows, numbers and the step's own number lie on the device"
-    def __init__(self, together, rows, n):
-        dev = together.device
-        self.together,self.n,self.graph,self.records = together,n,None,dev.type=='cuda'
+    def __init__(self, together, n):
+        dev,K = together.device,len(together.members)
+        self.together,self.n_steps,self.graph,self.records = together,n,None,dev.type=='cuda'
         self.i,self.cols,self.nums = torch.zeros(1, dtype=torch.long, device=dev),None,None
-        self.losses = torch.zeros(n, len(rows), device=dev)
-    def load(self, rows):
-        "Take over an epoch's rows and numbers"
-        place = self.together.stack.place
-        pieces = [(place(x),y,w) for _,_,x,y,w in _pieces(rows, rows[0].bs, 0, self.n)]
+        self.losses = torch.zeros(K, n, device=dev)
+    def load(self, nums, *models):
+        "Take over an epoch's numbers and rows"
+        bs,pieces = self.together.learns[0].dl.bs,[]
+        for piece in zip(*models):
+            u,i,y,w = (None if c[0] is None else torch.stack([t.view(-1, bs) for t in c], 1) for c in list(zip(*piece))[1:])
+            pieces.append((self.together.stack.place(torch.stack([u,i], -1)), y[...,None], w))
         cols = [torch.cat(c) if c[0] is not None else None for c in zip(*pieces)]
-        nums = self.together.adam.tables(self.n)
         if self.cols is None: self.cols,self.nums = cols,nums
         else:
             for a,b in (*zip(self.cols, cols), (self.nums, nums)):
                 if a is not None: a.copy_(b)
         self.i.zero_()
+    def run(self, sizes, n_warm=3):
+        "Train on batch after batch; yields how many are done"
+        for i in range(len(sizes)):
+            if self.graph is None and self.records and i>=n_warm: self.record()
+            self.step() if self.graph is None else self.graph.replay()
+            yield i+1
     def step(self):
         x,y,w = (None if c is None else c.index_select(0, self.i)[0] for c in self.cols)
-        self.losses.index_copy_(0, self.i, self.together.grads(None, x, y, w)[None])
+        self.losses.index_copy_(1, self.i, self.together.grads(None, x, y, w)[:,None])
         self.together.adam.step_on_device(self.nums, self.i)
         self.together.stack.clear()
         self.i += 1
@@ -232,30 +251,27 @@ class _Replay:
             self.records = False
             print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
-# %% ../nbs/14g_many.ipynb #4ac400f3
+# %% ../nbs/14g_many.ipynb #60a000f9
 @patch
-def _whole(self:_Together, rows, done, losses, n_warm=3):
-    "Run the steps that lie on the device; `done` is told of each"
-    n,ks = _n_full(rows, rows[0].bs),range(len(rows))
-    if n==0: return 0
-    if self.replay is None or self.replay.n!=n: self.replay = _Replay(self, rows, n)
-    r,ran = self.replay,0
+def _whole(self:_Together, rows, done, losses):
+    "Run the full batches by steps that lie on the device; `done` is told of them"
+    n,ks,ran = _n_full(rows, rows[0].bs),range(len(rows)),0
+    if n==0 or self.way=='called': return 0
+    if self.device_steps is None or self.device_steps.n_steps!=n: self.device_steps = self.adam.kernel_steps(rows[0].bs, n) if self.way=='kernels' else _Replay(self, n)
+    ds = self.device_steps
     with _aside(self.device): # the default stream can't be recorded
-        r.load(rows)
+        ds.load(self.adam.tables(n), *(r.blocks(n) for r in rows))
         try:
-            for i in range(n):
-                if r.graph is None and r.records and i>=n_warm: r.record()
-                r.step() if r.graph is None else r.graph.replay()
-                ran = i+1
-                done(i, ks, r.losses)
+            for ran in ds.run([rows[0].bs]*n): done(ran, ks, ds.losses.T)
         finally:
-            losses[:ran] = r.losses[:ran]
+            losses[:ran] = ds.losses.T[:ran]
             self.adam.t += ran
     return n
 
 @patch
 def epoch(self:_Together, tick):
     "Run the training batches of an epoch, and leave each learner as its own loop would have"
+    self.way = self.way or self.pick()
     rows = [_Rows(m) for m in self.members]
     counts = [len(r.cuts)-1 for r in rows]
     books = [_Books(l, n, self.device) for l,n in zip(self.learns, counts)]
@@ -265,14 +281,15 @@ def epoch(self:_Together, tick):
     self.adam.lay_out(plans)
     losses = torch.full((max(counts), len(rows)), np.nan, device=self.device)
     def _done(i, ks, got):
-        for k in ks: books[k].done = i+1
-        tick(got, i)
+        new = i-books[ks[0]].done
+        for k in ks: books[k].done = i
+        tick(got, i-1, new)
     try:
-        whole = self._whole(rows, _done, losses) if ifnone(self.on_device, self.device.type=='cuda') else 0
+        whole = self._whole(rows, _done, losses)
         for a,ks,x,y,w in _pieces(rows, rows[0].bs, whole):
             for i,x,y,w in zip(range(a, a+len(x)), self.stack.place(x, ks), y, [None]*len(x) if w is None else w):
                 losses[i,ks.start:ks.stop] = self.step(i, ks, x, y, w)
-                _done(i, ks, losses)
+                _done(i+1, ks, losses)
     finally:
         self.stack.give()
         self.adam.give()
@@ -282,7 +299,7 @@ def epoch(self:_Together, tick):
             b.close(plans[k], _OwnStep(self.learns[k].opt))
             self.members[k].lost = b.done<ran # its NaN ended it
 
-# %% ../nbs/14g_many.ipynb #b8dd25f0
+# %% ../nbs/14g_many.ipynb #53a82617
 def _start(learners, n, seed):
     "Learners, and the state of the random numbers that each begins its fit with"
     if callable(learners): n = check_pos(n, 'n')
@@ -306,8 +323,8 @@ def _start(learners, n, seed):
 class _Bar:
     "One progress bar for all, moved ten times a second at the most"
     def __init__(self, on): self.on,self.bar,self.n,self.t = on,None,0,0.
-    def __call__(self, losses, i):
-        self.n += 1
+    def __call__(self, losses, i, n=1):
+        self.n += n
         if not self.on or time.time()-self.t<0.1: return
         self.bar.update(min(self.n, self.bar.total))
         self.bar.comment,self.t = f'{losses[i].nanmean():.4f}',time.time()
@@ -316,7 +333,7 @@ class _Bar:
             self.bar = progress_bar(range(learn.n_epoch*len(learn.dl)), leave=False)
             self.bar.update(0)
 
-# %% ../nbs/14g_many.ipynb #e5e532c1
+# %% ../nbs/14g_many.ipynb #334b92b7
 def fit_many(
     learners, # learners of one shape, or a function (seed) -> such a learner
     *args, # what each learner's `fit` takes, the same for all: epochs, learning rate
@@ -342,6 +359,6 @@ def fit_many(
             together.epoch(bar)
     finally:
         for m in members: m.stop()
-    lost = [k for k,l in enumerate(learns) if len(l.recorder.losses) and torch.isnan(torch.stack(list(l.recorder.losses))[-1])]
+    lost = [k for k,l in enumerate(learns) if len(l.recorder.losses) and torch.isnan(l.recorder.losses[-1])]
     if lost: warnings.warn(f"the loss of learner {', '.join(map(str, lost))} has become NaN; the others are not touched by it", stacklevel=2)
     return L(learns)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_alike', 'Rooms', 'Stacked', 'StackedAdam']
 
-# %% ../nbs/14f_stacked.ipynb #430580f4
+# %% ../nbs/14f_stacked.ipynb #6503d0ce
 import numpy as np,torch
 from torch import Tensor
 from torch.func import functional_call,vmap
@@ -13,6 +13,7 @@ from fastcore.all import *
 from .core import *
 from .models import *
 from .loop import _fused_kind
+from .capture import TensorStep
 
 # %% ../nbs/14f_stacked.ipynb #fd0e6ef7
 _own = ('n_users','n_items','user_sz','item_sz','mean','init') # settings that models of one shape may differ in
@@ -69,14 +70,15 @@ class Stacked:
         "Cut out what is one model's"
         return T[k,:self.models[k].get_parameter(name).shape[0]] if name in self.tables else T[k]
 
-# %% ../nbs/14f_stacked.ipynb #5658535c
+# %% ../nbs/14f_stacked.ipynb #69da789f
 @patch
 def rooms(self:Stacked)->Rooms: # zeros
     "Make room for the parameters of all models; those of dot products lie model by model, factors and then biases"
     res = Rooms((n, self.room(n, p)) for n,p in self.models[0].named_parameters())
     if not self.dot: return res
     width,ends = res['user_factors'].shape[2],np.cumsum([0, *(t[0].numel() for t in res.values())])
-    res.flat = res['user_factors'].new_zeros(len(self), -(-int(ends[-1])//width)*width)
+    unit = int(np.lcm(width, 16 if res['user_factors'].is_cuda else 1)) # whole rows, and whole loads of a GPU
+    res.flat = res['user_factors'].new_zeros(len(self), -(-int(ends[-1])//unit)*unit)
     for (n,t),a,b in zip(list(res.items()), ends, ends[1:]): res[n] = res.flat[:,a:b].view(t.shape)
     return res
 
@@ -168,7 +170,7 @@ def clear(self:Stacked):
     self.G.flat.view(-1, rows.shape[2]).index_fill_(0, at[0], 0)
     if 'user_bias' in self.G: self.G.flat.view(-1).index_fill_(0, at[1], 0)
 
-# %% ../nbs/14f_stacked.ipynb #488d3acb
+# %% ../nbs/14f_stacked.ipynb #6257a1e0
 _hypers = ('lr','mom','sqr_mom','wd','eps')
 
 class StackedAdam:
@@ -182,14 +184,17 @@ class StackedAdam:
         names = {id(p): n for n,p in m0.named_parameters()}
         self.groups = []
         for g,ps in enumerate(opts[0].param_lists):
-            for wd in (True,False):
-                ns = [names[id(p)] for p in ps if p.requires_grad and opts[0].state[p].get('do_wd', True)==wd]
-                if ns: self.groups.append((g, wd, ns))
+            ns = [names[id(p)] for p in ps if p.requires_grad]
+            for key in sorted({self._key(n) for n in ns}, reverse=True): self.groups.append((g, key[0], [n for n in ns if self._key(n)==key]))
         self.names = [n for _,_,ns in self.groups for n in ns]
         self.m,self.v = stack.rooms(),stack.rooms()
         self.t = torch.zeros(len(stack), len(self.names), device=first(stack.P.values()).device) # steps taken
         self.one = stack.dot and len(self.groups)==1 and len(self.names)==len(stack.P) # does all of it lie in one piece?
         self.kept = {}
+    def _key(self, name):
+        "What parameters stepped as one have in common: is there weight decay, and the steps that each model's has made"
+        states = [o.state[m.get_parameter(name)] for o,m in zip(self.opts, self.stack.models)]
+        return bool(states[0].get('do_wd', True)),*(int(s.get('step', 0)) for s in states)
     def _states(self):
         for k,(o,m) in enumerate(zip(self.opts, self.stack.models)):
             for j,n in enumerate(self.names): yield k,j,n,o.state[m.get_parameter(n)]
@@ -213,7 +218,7 @@ def give(self:StackedAdam):
         for key,T in (('grad_avg',self.m),('sqr_avg',self.v)): s[key] = self.stack.part(n, T[n], k).clone()
         s['step'] = int(t[k][j])
 
-# %% ../nbs/14f_stacked.ipynb #e505879f
+# %% ../nbs/14f_stacked.ipynb #ec52e05f
 @patch
 def lay_out(self:StackedAdam,
     rows:list, # for each model: hyper-parameters of each step, as `lay_out` gives them
@@ -222,7 +227,8 @@ def lay_out(self:StackedAdam,
     self.take()
     self.rows = rows
     alike = bool((self.t==self.t[0]).all()) and all(o.hypers==self.opts[0].hypers for o in self.opts)
-    self.same = [alike and all(r is rows[0] or r[i:i+1]==rows[0][i:i+1] for r in rows) for i in range(max(map(len, rows)))]
+    others = [r for r in rows if r is not rows[0]]
+    self.same = [alike and all(r[i:i+1]==rows[0][i:i+1] for r in others) for i in range(max(map(len, rows)))]
 
 @patch
 def hypers(self:StackedAdam,
@@ -258,35 +264,49 @@ def step(self:StackedAdam,
             h = hs[g]
             self.kernel(*ts, lr=h['lr'], beta1=h['mom'], beta2=h['sqr_mom'], weight_decay=h['wd'] if wd else 0., eps=h['eps'], amsgrad=False, maximize=False)
 
-# %% ../nbs/14f_stacked.ipynb #2a881c53
+# %% ../nbs/14f_stacked.ipynb #60f08456
 @patch
 def tables(self:StackedAdam,
     n:int, # steps
-)->Tensor: # (n, groups, 8, K) float32 on the device
+)->Tensor: # (K, n, groups, columns of `TensorStep`) float32 on the device
     "Work out the numbers that each of the epoch's first steps needs"
-    t,res,j = self.t.cpu().double().numpy(),np.zeros((n, len(self.groups), 8, len(self.stack))),0
+    K = 1 if all(self.same[:n]) else len(self.stack)
+    t,res,j = self.t.cpu().double().numpy(),np.zeros((K, n, len(self.groups), len(TensorStep.columns))),0
     for q,(g,wd,ns) in enumerate(self.groups):
-        for k,(r,o) in enumerate(zip(self.rows, self.opts)):
+        for k,(r,o) in enumerate(zip(self.rows[:K], self.opts)):
             lr,mom,sqr,dec,eps = (np.array([s[h][g] for s in r[:n]]) if h in r[0] else np.full(n, o.hypers[g][h]) for h in _hypers)
             count,dec = t[k,j]+1+np.arange(n),dec*wd
-            res[:,q,:,k] = np.stack([1-lr*dec, dec, mom, 1-mom, sqr, 1-sqr, lr/(1-mom**count)*(1-sqr**count)**0.5, eps*(1-sqr**count)**0.5], 1)
+            res[k,:,q] = np.stack([1-lr*dec, dec, mom, 1-mom, sqr, 1-sqr, lr/(1-mom**count), 1-sqr**count, eps, lr], 1)
         j += len(ns)
-    return torch.tensor(res, dtype=torch.float32, device=self.t.device)
+    return torch.tensor(res, dtype=torch.float32, device=self.t.device).expand(len(self.stack), -1, -1, -1).contiguous()
 
 @patch
 def step_on_device(self:StackedAdam,
     tables:Tensor, # from `tables`
-    i:Tensor, # (1,) long: which row
+    i:Tensor, # (1,) long: which step
 ):
     "Step all models without asking the host; `t` is left to the caller"
     S = self.stack
-    for row,(_,wd,ns) in zip(tables.index_select(0, i)[0].unbind(), self.groups):
+    for row,(_,wd,ns) in zip(tables.index_select(1, i)[:,0].unbind(1), self.groups):
         for n in [None] if self.one else ns:
             p,gr,m,v = (o.flat if n is None else o[n] for o in (S.P, S.G if S.dot else {n: S.grad(n)}, self.m, self.v))
             p = p.detach()
-            keep,dec,mom,damp,sqr,sqr_damp,size,eps = row.view(*row.shape, *[1]*(p.ndim-1)).unbind()
+            keep,dec,mom,damp,sqr,sqr_damp,size,sqr_size,eps,_ = row.view(*row.shape, *[1]*(p.ndim-1)).unbind(1)
             if wd and self.kind=='adam': gr = gr+dec*p
             if wd and self.kind=='adamw': p.mul_(keep)
             m.mul_(mom).add_(gr*damp)
             v.mul_(sqr).add_(gr*gr*sqr_damp)
-            p.sub_(m*size/v.sqrt().add_(eps))
+            p.sub_(m*size/(v/sqr_size).sqrt_().add_(eps))
+
+@patch
+def kernel_steps(self:StackedAdam,
+    bs:int, # rows a batch
+    n:int, # batches of an epoch
+): # `KernelSteps` on the models' tables and their averages
+    "Make kernels ready to train all dot products"
+    from cfext.kernels import KernelSteps
+    S = self.stack
+    at = [next(q for q,(*_,ns) in enumerate(self.groups) if n in ns) for n in S.P]
+    modes = [{'adamw':1,'adam':2}[self.kind]*self.groups[q][1] for q in at]
+    tables,avgs,sqrs,grads = (list(o.values()) for o in (S.P, self.m, self.v, S.G))
+    return KernelSteps(tables, avgs, sqrs, at, modes, bs, n*bs, n, len(self.groups), S.models[0].y_range, S.B.get('offset'), grads)

@@ -2,12 +2,15 @@
 import os,subprocess,sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest,torch
-from fastai.learner import Learner
-from fastai.losses import MSELossFlat
+import numpy as np,pytest,torch
+from fastai.callback.all import EarlyStoppingCallback,ProgressCallback
+from fastai.losses import L1LossFlat
 from fastai.optimizer import *
+from fastai.torch_core import no_random
 from cfext import *
+from cfext.many import _Together
 
 pytest.importorskip('triton')
 cuda,inside = torch.cuda.is_available(),os.environ.get('TRITON_INTERPRET')=='1'
@@ -20,7 +23,7 @@ def test_in_an_interpreter():
     "This file again, and the page of the kernels, where Triton interprets its programs from the beginning"
     env = {**os.environ, 'TRITON_INTERPRET':'1'}
     res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', str(here)], env=env, cwd=here.parent.parent, capture_output=True, text=True)
-    assert res.returncode==0 and '11 passed' in res.stdout, res.stdout[-3000:]+res.stderr[-1000:]
+    assert res.returncode==0 and '25 passed' in res.stdout, res.stdout[-3000:]+res.stderr[-1000:]
     page = f"from nbdev.test import test_nb; import triton.language as tl; assert type(tl.sum).__name__=='InterpretedFunction'; raise SystemExit(not test_nb({str(here.parent.parent/'nbs'/'05d_kernels.ipynb')!r})[0])"
     res = subprocess.run([sys.executable, '-c', page], env=env, cwd=here.parent.parent, capture_output=True, text=True)
     assert res.returncode==0, res.stdout[-3000:]+res.stderr[-1000:]
@@ -76,9 +79,124 @@ def test_steps_are_kept_while_nothing_moves():
         learn.fit(1, 0.01)
     assert _kept[learn.model] is not first
 
+def member(seed, cls=DotProductBias, y_range=(0.5,5.5), rows=None, weights=False, split=None, cbs=None, freeze=None, **kwargs):
+    frame = df.assign(w=df.index%7+1.) if weights else df
+    n = (200,317,262,183)[seed] if rows is None else rows
+    dls = CFDataLoaders.from_df(frame, item_name='title', seed=seed, bs=61, device='cuda' if cuda else 'cpu', splitter=lambda o: (np.arange(n),np.arange(400,500)), **({'weight_name':'w'} if weights else {}))
+    learn = cf_learner(dls, cls, n_factors=5, y_range=y_range, seed=seed, unk_p=0, config=dict(mean=3+seed/4) if cls is DotProductBias else {}, cbs=cbs(seed) if cbs else None, **({'splitter':split} if split else {}), **kwargs)
+    learn.remove_cbs([ProgressCallback])
+    if freeze or split: learn.create_opt()
+    if freeze: getattr(learn.model, freeze).requires_grad_(False)
+    if split: learn.opt.set_hyper('wd', [0.,0.1+seed])
+    return learn
+
+own = [dict(lr_max=0.02, wd=0.1), dict(lr_max=0.01, wd=0.4), dict(lr_max=0.03, wd=0.)]
+
+@pytest.fixture
+def ways(monkeypatch):
+    "How full batches were run, as `fit_many` picks it on a GPU"
+    pick,res = _Together.pick,[]
+    def picked(self):
+        dev,self.device = self.device,SimpleNamespace(type='cuda')
+        try: res.append(pick(self))
+        finally: self.device = dev
+        return res[-1]
+    monkeypatch.setattr(_Together, 'pick', picked)
+    return res
+
+def fitted_alone(mk, s, fits):
+    with no_random(s, reproducible=False):
+        learn = mk(s)
+        learn.fast = False
+        with learn.no_bar(),learn.no_logging():
+            for f in fits: f(learn)
+    return learn
+
+def close(new, ref):
+    a,b = (torch.stack([o.as_subclass(torch.Tensor).cpu() for o in l.recorder.losses]) for l in (new,ref))
+    assert a.shape==b.shape
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(new.recorder.values), torch.tensor(ref.recorder.values), rtol=1e-5, atol=1e-6)
+    for p,q in zip(new.model.parameters(), ref.model.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+        s,t = new.opt.state[p],ref.opt.state[q]
+        assert s['step']==t['step']
+        for k in ('grad_avg','sqr_avg'): torch.testing.assert_close(s[k], t[k], rtol=1e-3, atol=1e-5)
+
+many = dict(usual={}, weights=dict(weights=True), no_range=dict(y_range=None), no_bias=dict(cls=DotProduct), neither=dict(cls=DotProduct, y_range=None),
+            l2=dict(opt_func=partial(Adam, decouple_wd=False)), whole_batches=dict(rows=183), one_step=dict(rows=62))
+
+@runs
+@pytest.mark.parametrize('case', many)
+def test_many_equal_each_alone(case, ways):
+    "Rows of different number, initial weights, offsets, learning rates and decays of their own"
+    mk = partial(member, **many[case])
+    for s,l in enumerate(fit_many(mk, 2, n=3, each=own)): close(l, fitted_alone(mk, s, [lambda o: o.fit_one_cycle(2, **own[s])]))
+    assert ways==['kernels']
+
+@runs
+def test_many_of_two_groups_and_two_fits(ways):
+    mk = partial(member, split=split, weights=True)
+    learns = fit_many(mk, 2, slice(1e-3, 2e-2), n=3)
+    fit_many(learns, 1, 0.01, fit='fit_flat_cos')
+    for s,l in enumerate(learns): close(l, fitted_alone(mk, s, [lambda o: o.fit_one_cycle(2, slice(1e-3, 2e-2)), lambda o: o.fit_flat_cos(1, 0.01)]))
+    assert ways==['kernels']*2
+
+@runs
+def test_many_of_which_one_leaves(ways):
+    mk = partial(member, cbs=lambda s: EarlyStoppingCallback(min_delta=9., patience=0) if s==1 else None)
+    learns = fit_many(mk, 3, n=3, each=own)
+    assert [len(l.recorder.values) for l in learns]==[3,2,3]
+    for s,l in enumerate(learns): close(l, fitted_alone(mk, s, [lambda o: o.fit_one_cycle(3, **own[s])]))
+    assert ways==['kernels']*2
+
+@runs
+def test_many_grown_and_frozen_between_fits(ways, capsys):
+    "Tables that have not made the same number of steps"
+    mk = partial(member, freeze='user_factors')
+    def thaw(o): o.model.user_factors.requires_grad_(True)
+    learns = fit_many(mk, 1, 0.02, n=2)
+    assert 'some of its tables are frozen' in capsys.readouterr().out
+    for l in learns: thaw(l)
+    fit_many(learns, 1, 0.02)
+    for s,l in enumerate(learns): close(l, fitted_alone(mk, s, [lambda o: o.fit_one_cycle(1, 0.02), thaw, lambda o: o.fit_one_cycle(1, 0.02)]))
+    assert ways==['recorded','kernels']
+
+@runs
+@pytest.mark.parametrize('mk,why', [(dict(loss_func=L1LossFlat()), 'not MSELossFlat'), (dict(cls='nn', y_range=(0,6)), 'the model is CollabNN')])
+def test_many_that_kernels_cannot_train(mk, why, ways, capsys):
+    fit_many(partial(member, **mk), 1, 0.01, n=2)
+    out = capsys.readouterr().out
+    assert ways==['recorded'] and out.count('not run by kernels')==1 and why in out
+
+@runs
+def test_a_mistake_in_one_model_is_seen(ways, monkeypatch):
+    "The comparison fails where a member gets its neighbour's offset"
+    from cfext.stacked import StackedAdam
+    made = StackedAdam.kernel_steps
+    def wrong(self, *args):
+        ks = made(self, *args)
+        ks.offset = ks.offset.roll(1)
+        return ks
+    monkeypatch.setattr(StackedAdam, 'kernel_steps', wrong)
+    learns = fit_many(member, 1, n=3, each=own)
+    with pytest.raises(AssertionError, match='not close'): close(learns[1], fitted_alone(member, 1, [lambda o: o.fit_one_cycle(1, **own[1])]))
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not cuda, reason='needs a GPU')
 def test_is_recorded():
     from cfext.kernels import _kept
     learn = fit(True, per=3)
     assert _kept[learn.model].graph is not None
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not cuda, reason='needs a GPU')
+def test_many_are_recorded(monkeypatch):
+    ends,epoch = [],_Together.epoch
+    def seen(self, tick):
+        epoch(self, tick)
+        ends.append((self.way, self.device_steps.graph is not None))
+    monkeypatch.setattr(_Together, 'epoch', seen)
+    mk = partial(member, rows=400)
+    for s,l in enumerate(fit_many(mk, 2, n=3, each=own)): close(l, fitted_alone(mk, s, [lambda o: o.fit_one_cycle(2, **own[s])]))
+    assert ends==[('kernels',True)]*2

@@ -200,7 +200,7 @@ def test_every_row_is_visited_once():
 @pytest.mark.parametrize('mk', [dict(), dict(model='nn', config=wide, emb_szs=dict(user=4, title=3)), dict(weight_name='weight'), dict(opt_func=partial(Adam, decouple_wd=False))], ids=named)
 def test_steps_that_lie_on_the_device(mk, monkeypatch):
     "What a GPU replays, run a step at a time"
-    monkeypatch.setattr('cfext.many._Together.on_device', True)
+    monkeypatch.setattr('cfext.many._Together.way', 'recorded')
     check(partial(make, **mk), 3, 0.02, wd=0.1, atol=1e-4 if 'model' in mk else 1e-5)
     sizes = [122,183,200,244]
     check(lambda s: make(s, rows=(np.arange(sizes[s]), np.arange(900,1000)), **mk), 2, 0.02, n=4, atol=1e-4 if 'model' in mk else 1e-5)
@@ -217,7 +217,7 @@ def record_by_tracing(self):
 
 @pytest.mark.parametrize('mk', [dict(), dict(model=DotProduct), dict(weight_name='weight'), dict(opt_func=partial(Adam, decouple_wd=False))], ids=named)
 def test_a_step_that_is_recorded_once_and_replayed(mk, monkeypatch):
-    monkeypatch.setattr('cfext.many._Together.on_device', True)
+    monkeypatch.setattr('cfext.many._Together.way', 'recorded')
     monkeypatch.setattr('cfext.many._Replay.record', record_by_tracing)
     init,made = _Replay.__init__,[]
     def recording(self, *args):
@@ -244,7 +244,7 @@ def test_the_step_does_not_ask_the_host(mk, monkeypatch):
     def watched(self):
         with NoHost(): step(self)
         seen.append(1)
-    monkeypatch.setattr('cfext.many._Together.on_device', True)
+    monkeypatch.setattr('cfext.many._Together.way', 'recorded')
     monkeypatch.setattr('cfext.many._Replay.step', watched)
     fit_many(partial(make, **mk), 1, 0.01, n=2)
     assert len(seen)==800//61
