@@ -15,6 +15,7 @@ from torch import Tensor
 from fastcore.all import *
 from .core import *
 from .data import *
+from .losses import *
 from .loop import _Books,lay_out
 from .capture import *
 from .factors import *
@@ -162,6 +163,7 @@ def kernel_hurdle(
     "Say why a learner's steps can't be run by kernels"
     why = factor_hurdle(learn)
     if why: return why
+    if isinstance(learn.loss_func, RankingLoss): return "the loss ranks"
     if not learn.dl.resident: return "its rows stay in host memory"
     there = {p for ps in learn.opt.param_lists for p in ps if p.requires_grad}
     if not all(p in there for p in learn.model.parameters()): return "some of its tables are frozen"

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CosineProduct', 'item_weights', 'SeenItems', 'NegativeSampler', 'Negatives', 'seen_rows']
 
-# %% ../nbs/04a_negatives.ipynb #02fdfa08
+# %% ../nbs/04a_negatives.ipynb #48c1ef59
 import math,warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ class SeenItems:
         self.gaps = user*self.span + (self.cum-w)[item]-own
         self.mass = self.before[self.starts[1:]]-self.before[self.starts[:-1]]
 
-# %% ../nbs/04a_negatives.ipynb #12d25d8f
+# %% ../nbs/04a_negatives.ipynb #b342bf52
 def _among(keys, ask):
     "Is each of `ask` one of the sorted `keys`?"
     if not len(keys): return torch.zeros_like(ask, dtype=torch.bool)
@@ -125,26 +126,32 @@ def has(self:SeenItems,
     "Look up whether users have seen items"
     ask = users[:,None]*self.n_items + items
     if ask.is_cuda: return _among(self.keys, ask)
-    res = self.marks.take(ask%len(self.marks))
-    return res.masked_scatter_(res, _among(self.keys, ask[res]))
+    res = torch.zeros(ask.shape, dtype=torch.bool)
+    res.view(-1)[self.hits(ask)] = True
+    return res
 
 @patch
-def draw_around(self:SeenItems,
+def hits(self:SeenItems,
+    ask:Tensor, # user*n_items + item, any shape, on a CPU
+)->Tensor: # places in `ask.view(-1)`, in order
+    "Find which pairs have been seen"
+    ask = ask.reshape(-1)
+    at = self.marks.take(ask%len(self.marks)).nonzero()[:,0]
+    return at[_among(self.keys, ask.index_select(0, at))]
+
+@patch
+def around(self:SeenItems,
     users:Tensor, # (bs,) long codes
-    n:int, # draws a user, with replacement
-    gen:torch.Generator|None=None, # generator on the device; None: torch's own
+    u:Tensor, # (bs,n) double, random numbers in [0,1)
 )->Tensor: # (bs,n) long codes; 0 for a user who has seen everything
-    "Draw items that each user has not seen, with probability proportional to their weights, in one go"
+    "Turn random numbers into items that each user has not seen, with probability proportional to their weights"
     left = (self.total-self.mass[users])[:,None]
-    u = torch.rand(len(users), n, generator=gen, device=users.device, dtype=torch.float64)
     t = torch.minimum((u*left).long(), left-1)
-    first = self.starts[users][:,None]
     k = torch.searchsorted(self.gaps, users[:,None]*self.span + t, right=True)
-    back = self.before[k]-self.before[first]
+    back = self.before[k]-self.before[self.starts[users]][:,None]
     return torch.searchsorted(self.cum, t+back, right=True)*(left>0)
 
-
-# %% ../nbs/04a_negatives.ipynb #bf859eb4
+# %% ../nbs/04a_negatives.ipynb #ab1c0942
 @patch
 def draw(self:SeenItems,
     users:Tensor, # (bs,) long codes
@@ -152,12 +159,16 @@ def draw(self:SeenItems,
     gen:torch.Generator|None=None, # generator on the device; None: torch's own
 )->Tensor: # (bs,n) long codes; 0 for a user who has seen everything
     "Draw items that each user has not seen, with probability proportional to their weights, as is best for the device"
-    if users.is_cuda or self.n_items<2: return self.draw_around(users, n, gen)
-    t = torch.randint(1 if self.even else 0, self.n_items if self.even else int(self.total), (len(users),n), generator=gen)
-    items = t if self.even else torch.searchsorted(self.cum, t, right=True)
-    had = self.has(users, items)
-    return items.masked_scatter_(had, self.draw_around(users[had.nonzero()[:,0]], 1, gen))
-
+    rand = partial(torch.rand, len(users), n, generator=gen, device=users.device, dtype=torch.float64)
+    if users.is_cuda or self.n_items<2: return self.around(users, rand())
+    u,v = rand(2).unbind(2)
+    n_all = self.n_items-1 if self.even else int(self.total)
+    t = (u*n_all).long().clamp_(max=n_all-1)
+    items = t+1 if self.even else torch.searchsorted(self.cum, t, right=True)
+    had = self.hits(users[:,None]*self.n_items + items)
+    who = had if n==1 else had.div(n, rounding_mode='floor')
+    items.view(-1)[had] = self.around(users[who], v.reshape(-1)[had][:,None])[:,0]
+    return items
 
 # %% ../nbs/04a_negatives.ipynb #6ebc2133
 class NegativeSampler:
@@ -219,7 +230,7 @@ def _hard(self:NegativeSampler, users, pos, gen, score):
     top,at = s.topk(self.n_neg, dim=1)
     return pool.gather(1, at),top>-torch.inf,None
 
-# %% ../nbs/04a_negatives.ipynb #4fa5ce67
+# %% ../nbs/04a_negatives.ipynb #76235a03
 class Negatives(Callback):
     "Put the scores of negatives beside each prediction, for a `RankingLoss`"
     order,on_device = 15,True
@@ -227,10 +238,13 @@ class Negatives(Callback):
         n_neg:int|None=None, # negatives a row; None: as many as is usual for the loss
         how:str='uniform', # 'uniform', 'popularity', 'batch' or 'hard', as for `NegativeSampler`
         *,
-        seed:int|None=None, # seed of the draws; None: they follow torch's own generator
+        seed:int|None=None, # seed of the draws; None: each fit takes one from torch's own generator
         **kwargs, # what else `NegativeSampler` takes: alpha, pool, shared, seen
     ): self.n_neg,self.how,self.seed,self.kwargs,self.gen = n_neg,how,seed,kwargs,None
-    def before_fit(self): self._setup()
+    def before_fit(self):
+        self._setup()
+        seed = torch.randint(2**62, (1,)).item() if self.seed is None else self.seed
+        if self.seed is None or self.gen is None: self.gen = torch.Generator(self.dls.device).manual_seed(seed)
     def before_validate(self):
         self._setup()
         self.valid_gen = torch.Generator(self.dls.device).manual_seed(ifnone(self.seed, 0))
@@ -247,7 +261,6 @@ def _setup(self:Negatives):
         n_neg = ifnone(self.n_neg, self.dls.train.bs if self.how=='batch' else loss.n_neg)
         self.ds,self.sampler = ds,NegativeSampler(ds, n_neg, self.how, also=getattr(self.dls, 'also_seen', (None,))[0], **self.kwargs)
     if getattr(loss, 'n_items', 0) is None: loss.n_items = ds.n_items-1
-    if self.seed is not None and self.gen is None: self.gen = torch.Generator(self.dls.device).manual_seed(self.seed)
 
 # %% ../nbs/04a_negatives.ipynb #4957510a
 def _pair_scores(model, users, items):

@@ -1,7 +1,7 @@
 "The lean and the captured loop against fastai's: every loss, every learning rate, every parameter"
 from functools import partial
 
-import pytest,torch
+import pandas as pd,pytest,torch
 from torch import nn
 from fastai.callback.all import *
 from fastai.callback.fp16 import MixedPrecision
@@ -32,13 +32,13 @@ class Path(CFLearner):
 
 def split(model): return [[model.user_factors,model.user_bias],[model.item_factors,model.item_bias]]
 
-def make(path, opt_func=Adam, bs=64, cls=DotProductBias, drop_last=False, weights=False, cbs=None, unk_p=0., loss_func=None, **kwargs):
+def make(path, opt_func=Adam, bs=64, cls=DotProductBias, drop_last=False, weights=False, cbs=None, unk_p=0., loss_func=None, y_range=(0.5,5.5), **kwargs):
     dev = 'cuda' if path=='cuda' else 'cpu'
     frame = df.assign(w=(df.index%7+1.)) if weights else df
     dls = CFDataLoaders.from_df(frame, item_name='title', seed=42, bs=bs, device=dev, **({'weight_name':'w'} if weights else {}))
     dls.train.drop_last = drop_last
     torch.manual_seed(0)
-    learn = cf_learner(dls, cls, n_factors=5, y_range=(0.5,5.5), opt_func=opt_func, seed=1, unk_p=unk_p, loss_func=loss_func, cbs=cbs and cbs(), **kwargs)
+    learn = cf_learner(dls, cls, n_factors=5, y_range=y_range, opt_func=opt_func, seed=1, unk_p=unk_p, loss_func=loss_func, cbs=cbs and cbs(), **kwargs)
     if path=='fastai': learn.fast = False
     else: learn.__class__,learn.path_ = Path,path
     return learn
@@ -161,11 +161,39 @@ def test_written_out_frozen():
         l.fit_one_cycle(1, slice(1e-3, 1e-2))
     same(how, 'written', splitter=split)
 
+negs = dict(one={}, few=dict(n_neg=3), popular=dict(n_neg=2, how='popularity'), shared=dict(n_neg=9, shared=True), batch=dict(how='batch'), hard=dict(n_neg=2, how='hard'),
+            any=dict(seen=False), unseeded=dict(seed=None))
+
+@pytest.mark.parametrize('loss', [BPRLoss,HingeLoss,WARPLoss,BCELoss,SampledSoftmaxLoss])
+@pytest.mark.parametrize('neg', negs)
+def test_written_out_ranking(loss, neg):
+    if loss is SampledSoftmaxLoss and neg=='hard': pytest.skip('it needs probabilities')
+    how = lambda l: (l.fit_one_cycle(1, 0.02, wd=0.1), l.fit(1, 0.01))
+    same(how, path='written', rtol=1e-4, loss_func=loss(), y_range=None, cbs=lambda: Negatives(**{'seed':4, **negs[neg]}))
+
+@pytest.mark.parametrize('kw', [dict(unk_p=0.05), dict(weights=True), dict(bs=37), dict(bs=4801), dict(drop_last=True), dict(cls=DotProduct), dict(y_range=(0,2))],
+                         ids=lambda kw: '-'.join(kw))
+def test_written_out_ranking_of(kw):
+    same(path='written', rtol=1e-4, **{**dict(loss_func=BPRLoss(), y_range=None, cbs=lambda: Negatives(seed=4)), **kw})
+
+def test_users_who_have_seen_everything_have_no_negatives():
+    full = pd.DataFrame([(u,i) for u in range(3) for i in range(8)]+[(u,i) for u in range(3,12) for i in range(u%5, 8, 2)], columns=['user','item'])
+    ends = []
+    for fast in (False,None):
+        dls = CFDataLoaders.from_df(full, rating_name=None, valid_pct=0, seed=0, device='cpu', bs=8)
+        learn = cf_learner(dls, n_factors=3, loss_func=BPRLoss(), cbs=Negatives(2, seed=0), seed=0, unk_p=0)
+        learn.fast = fast
+        with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.05)
+        ends.append(learn)
+    assert torch.stack(ends[0].recorder.losses).isfinite().all()
+    for p,q in zip(*(l.model.parameters() for l in ends)): torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-4) # a user's bias gets rounding alone
+
 def test_only_what_is_known_is_written_out():
     class Mine(DotProductBias):
         def forward(self, x): return super().forward(x)*2
     for kw,why in ((dict(cls=Mine), 'the model is Mine'), (dict(opt_func=SGD), 'not fastai'), (dict(cbs=lambda: GradientClip(1.)), 'gradient_clip'),
-                   (dict(loss_func=L1LossFlat()), 'not MSELossFlat')):
+                   (dict(loss_func=L1LossFlat()), 'not MSELossFlat'),
+                   (dict(loss_func=FullSoftmaxLoss(), cbs=lambda: Negatives()), 'FullSoftmaxLoss')):
         learn = make('lean', **kw)
         learn.dl = learn.dls.train
         learn.create_opt()

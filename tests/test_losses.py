@@ -98,7 +98,7 @@ def test_ln_q_is_worked_out_where_a_loss_asks_for_it():
     a,bare = (s.draw(b, torch.Generator().manual_seed(0), with_logq=o) for o in (True,False))
     assert torch.equal(a[0], bare[0]) and torch.equal(a[1], bare[1]) and a[2].shape==(9,6) and bare[2] is None
 
-@pytest.mark.parametrize('how,n_marks', [('draw',None), ('draw',7), ('draw_around',None)])
+@pytest.mark.parametrize('how,n_marks', [('draw',None), ('draw',7), ('around',None)])
 @pytest.mark.parametrize('alpha', [0., 0.75, 1.])
 def test_draws_follow_the_weights_among_unseen_items(alpha, how, n_marks):
     from scipy.stats import chisquare
@@ -109,7 +109,8 @@ def test_draws_follow_the_weights_among_unseen_items(alpha, how, n_marks):
         s.marks = torch.zeros(n_marks, dtype=torch.bool)
         s.marks[s.keys%n_marks] = True
     n = 40_000
-    d = getattr(s, how)(torch.arange(1, n_users), n, torch.Generator().manual_seed(0))
+    users,g = torch.arange(1, n_users),torch.Generator().manual_seed(0)
+    d = s.draw(users, n, g) if how=='draw' else s.around(users, torch.rand(len(users), n, generator=g, dtype=torch.float64))
     for u,row in enumerate(d, 1):
         seen = {i for v,i in x.tolist() if v==u and i}
         free = [i for i in range(1, n_items) if i not in seen]
@@ -120,6 +121,14 @@ def test_draws_follow_the_weights_among_unseen_items(alpha, how, n_marks):
         assert got.sum()==got[free].sum(), 'a seen item was drawn'
         p = np.array([count[i]**alpha for i in free], float)
         assert chisquare(got[free].numpy(), p/p.sum()*n).pvalue>1e-3
+
+@pytest.mark.parametrize('alpha', [0., 0.75])
+@pytest.mark.parametrize('n', [1, 3])
+def test_draws_are_the_same_in_any_batches(alpha, n):
+    s = SeenItems(x, n_users, n_items, item_weights(torch.arange(n_items), alpha))
+    users = torch.arange(n_users).repeat(40)
+    a,b = torch.Generator().manual_seed(0),torch.Generator().manual_seed(0)
+    assert torch.equal(s.draw(users, n, a), torch.cat([s.draw(u, n, b) for u in users.split([1,7,100,172])]))
 
 def dls_of(n_users=60, n_items=40, n=1000, bs=32, **kw):
     return CFDataLoaders.from_df(synth_ratings(n_users, n_items, n), item_name='title', seed=3, device='cpu', bs=bs, **kw)
