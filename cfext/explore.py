@@ -66,7 +66,7 @@ def _recs(ex, places, caption):
     return Div(Ol(*[Li(_link(ex, 'item', o['item']), Span(f"{o['score']:.2f}", cls='score', title='score'), Small(o['kind'] or '', cls='kind'), Small(why(o['why']), cls='why'))
                     for o in places], cls='recs', aria_label=caption))
 
-# %% ../nbs/14e_explore.ipynb #5bc728b3
+# %% ../nbs/14e_explore.ipynb #b93d0b91
 def _arg(req, name, default, lo, hi):
     "A whole number from the address, within bounds"
     try: return min(max(int(req.query_params.get(name, default)), lo), hi)
@@ -83,12 +83,13 @@ def _overview(ex, req):
 
 def _user(ex, req):
     u,k = ex.place('user', req.query_params.get('id', '')),_arg(req, 'k', 10, 1, 200)
+    recs = ex.lists(ex.alone(u), ex.users[u], k)
     h = ex.history(u)
     rows = [(_link(ex, 'item', r.item), float(r.rating), 'held out' if r.held_out else '') for r in h.head(300).itertuples()]
     said = _table([ex.item_name,'rating',''], rows, f'{len(h):,} ratings' + (', the highest 300' if len(h)>300 else '')) if rows else P('No ratings of this user are in the bundle.')
-    more = A('a longer list', href=_url('user', id=ex.keys['user'][u], k=50)) if k==10 else ''
+    more = A('a longer list', href=_url('user', id=ex.keys['user'][u], k=50)) if k==10 and len(recs)==k else ''
     return _page(ex, ex.titles['user'][u], H1(ex.user_name.capitalize(), ' ', Bdi(ex.titles['user'][u])),
-                 Div(Section(H2('Recommended'), _recs(ex, ex.lists(ex.alone(u), ex.users[u], k), 'recommended'), more), Section(H2('Rated'), said), cls='two'))
+                 Div(Section(H2('Recommended'), _recs(ex, recs, 'recommended'), more), Section(H2('Rated'), said), cls='two'))
 
 def _item(ex, req):
     it = ex.item(ex.place('item', req.query_params.get('id', '')), _arg(req, 'k', 15, 1, 200))
@@ -171,7 +172,7 @@ def _new(ex, req):
     return _page(ex, 'New user', H1('A new user'), P('The user\'s factors are solved for from these ratings; the model is left as it is, and nothing is stored.', cls='quiet'), form,
                  Div(Section(*said), Section(*recs), cls='two'), here='newcomer')
 
-# %% ../nbs/14e_explore.ipynb #657b5efa
+# %% ../nbs/14e_explore.ipynb #2c4c934c
 _css = '''
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c1e21;--dim:#5b6066;--line:#dcdfe3;--box:#f5f6f8;--link:#0b5cad;--mark:#e3effc}
 @media (prefers-color-scheme:dark){:root{--bg:#15171a;--fg:#e6e7e9;--dim:#a2a8af;--line:#33373d;--box:#1e2125;--link:#8ec1ff;--mark:#22354b}}
@@ -190,10 +191,10 @@ h1{font-size:1.7rem;line-height:1.2;margin:.6rem 0;overflow-wrap:anywhere;displa
 .quiet,.why,.kind{color:var(--dim)}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:.5rem 2.5rem}.two>*{min-width:0}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%}caption{text-align:left;font-weight:600;padding:.6rem 0 .3rem}
-th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}th.num,td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}td:not(:first-child){white-space:nowrap}th.num,td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1rem;margin:.5rem 0}dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
 .recs{padding-left:1.7rem;margin:0}.recs li{padding:.35rem 0;border-bottom:1px solid var(--line)}
-.score{margin:0 .6rem;font-variant-numeric:tabular-nums;font-weight:600}.why{display:block}.why a.title{display:inline}
+.recs>li>a.title{margin-right:.6rem}.score{margin-right:.6rem;font-variant-numeric:tabular-nums;font-weight:600}.why{display:block}.why a.title{display:inline}
 .finder{position:relative}.finder .quiet{position:absolute;left:0;top:100%;font-size:.85rem}label{display:block;font-size:.85rem;color:var(--dim)}
 input,select,button{font:inherit;color:inherit;background:var(--bg);border:1px solid var(--dim);border-radius:6px;padding:.35rem .6rem;max-width:100%}
 .finder input{width:18rem;max-width:88vw}button{background:var(--link);color:var(--bg);border-color:var(--link);cursor:pointer}.row{display:flex;flex-wrap:wrap;gap:.6rem;align-items:end}

@@ -170,7 +170,7 @@ def _try(ks, per):
     except (RuntimeError, torch.AcceleratorError) as e: print(f"the steps are launched one by one, since they could not be recorded: {str(e).splitlines()[0]}")
     return per if ks.graph is not None else 0
 
-# %% ../nbs/05d_kernels.ipynb #2467c909
+# %% ../nbs/05d_kernels.ipynb #6ef7aeb1
 @cache
 def kernel_ready(
     device:str='cuda', # device to try
@@ -181,7 +181,8 @@ def kernel_ready(
     try:
         tables,avgs,sqrs,grads = (cut(torch.zeros(2, 16, device=device)) for _ in range(4))
         ks = KernelSteps(tables, avgs, sqrs, [0]*4, [1]*4, 2, 2, 1, offset=torch.tensor([0.,1.], device=device), grads=grads)
-        ks.y += torch.tensor([[3.],[5.]], device=device)
+        for t in (tables[0], tables[1], tables[3]): t[1,:,0] = 1 # with its offset, the second model's scores are 3
+        ks.y += torch.tensor([[3.],[7.]], device=device)
         ks.nums += torch.tensor([0.5,0.25], device=device).view(2, 1, 1, 1)
         ks.launch(0, 2)
         got = [*ks.losses[:,0].tolist(), *ks.tables[2][:,0,0].tolist()]

@@ -25,20 +25,30 @@ from .capture import *
 from .rows import *
 from .factors import *
 
-# %% ../nbs/06_learner.ipynb #6f686638
+# %% ../nbs/06_learner.ipynb #a714a0e9
 class IdDropout(Callback):
     "Replace each id by the unknown row with probability `p` while training, so that row 0 is trained too"
     order,on_device = -5,True
     def __init__(self,
         p:float=0.01, # probability, for the user and the item of each row apart
+        seed:int|None=None, # seed of the draws; None: they follow torch's own generator
     ):
         if not 0<=p<1: raise ValueError(f"`p`={p} should be a probability, at least 0 and below 1")
-        self.p = p
+        self.p,self.seed,self.gen = p,seed,None
+    def mask(self,
+        shape, # of the codes, (bs,2)
+        device, # where they lie
+    )->Tensor: # bool of that shape, True where the id is to be replaced
+        "Draw which ids are replaced next"
+        u = torch.empty(shape, device=device)
+        if self.seed is not None and (self.gen is None or self.gen.device!=u.device): self.gen = torch.Generator(u.device).manual_seed(self.seed)
+        return u.uniform_(generator=self.gen)<self.p
     def before_batch(self):
         if not self.training: return
         self.learn.xb = (self._drop(*self.xb),)
     def on_rows(self, b): b.x = self._drop(b.x)
-    def _drop(self, x): return x.masked_fill(torch.rand(x.shape, device=x.device)<self.p, 0) if self.p else x
+    def _drop(self, x): return x.masked_fill(self.mask(x.shape, x.device), 0) if self.p else x
+    def __getstate__(self): return self.__dict__ if self.gen is None or self.gen.device.type=='cpu' else {**self.__dict__, 'gen':None} # a GPU's is not read without one
 
 # %% ../nbs/06_learner.ipynb #b4ef0271
 class RowWeights(Callback):
@@ -170,7 +180,7 @@ def _check_model(dls, model):
     if not isinstance(res, Tensor) or res.numel()!=3:
         raise ValueError(f"`model` gives {tuple(getattr(res, 'shape', ())) or type(res).__name__} for 3 rows; expected (3,1), a number a row")
 
-# %% ../nbs/06_learner.ipynb #44e3e713
+# %% ../nbs/06_learner.ipynb #d122eb97
 @delegates(Learner.__init__)
 def cf_learner(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`, whose rows are taken over
@@ -182,7 +192,7 @@ def cf_learner(
     emb_szs=None, # for 'nn': {column: width} or ((n_users,width), (n_items,width)); None: fastai's rule
     config:dict|None=None, # further arguments of the model's class; not changed
     unk_p:float=0.01, # share of ids replaced by the unknown row in training (`IdDropout`); 0: it stays untrained
-    seed:int|None=None, # seed of the initial parameters; None: torch's global generator
+    seed:int|None=None, # seed of the initial parameters, of `IdDropout` and of `Negatives`; None: torch's global generator
     fast:bool|None=None, # None: `captured_epoch` or `lean_epoch` where no callback acts on each batch; False: fastai's loop; True: raise where that is needed
     **kwargs, # what `Learner` takes; `opt_func`=RowAdam brings `SparseRows`
 )->CFLearner:
@@ -195,8 +205,8 @@ def cf_learner(
     _check_ratings(dls, getattr(model, 'y_range', y_range))
     learn = CFLearner(dls, model.to(dls.device), loss_func=loss_func, **kwargs)
     learn.fast = fast
-    if unk_p: learn.add_cb(IdDropout(unk_p))
+    if unk_p: learn.add_cb(IdDropout(unk_p, seed))
     if dls.train_ds.w is not None: learn.add_cb(RowWeights())
     if getattr(kwargs.get('opt_func'), 'func', kwargs.get('opt_func')) is RowAdam: learn.add_cb(SparseRows())
-    if isinstance(loss_func, RankingLoss) and not any(isinstance(cb, Negatives) for cb in learn.cbs): learn.add_cb(Negatives())
+    if isinstance(loss_func, RankingLoss) and not any(isinstance(cb, Negatives) for cb in learn.cbs): learn.add_cb(Negatives(seed=seed))
     return learn

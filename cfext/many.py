@@ -110,7 +110,7 @@ class _Rows:
         ds,self.cuts,drop = dl.dataset,dl.bounds(),_one_of(m.learn, IdDropout)
         with m.random():
             self.idx = torch.as_tensor(dl.get_idxs(), device=ds.x.device)[:self.cuts[-1]]
-            self.mask = torch.rand(len(self.idx), 2, device=dl.device)<drop.p if drop and drop.run and drop.p else None
+            self.mask = drop.mask((len(self.idx),2), dl.device) if drop and drop.run and drop.p else None
         self.dl,self.bs,self.scale = dl,dl.bs,None if ds.w is None else ds.w.mean()
     def size(self, i): return self.cuts[i+1]-self.cuts[i] if i+1<len(self.cuts) else 0
     def blocks(self, n, block=1<<20):

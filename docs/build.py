@@ -10,13 +10,17 @@ from bench import write_benchmarks
 groups = [(1,'Data'), (4,'Models and losses'), (8,'Training and predicting'), (11,'Lists, judging, explaining'),
           (14,'Ensembles, features, bundles'), (15,'Sequences'), (99,'From a shell')]
 
+# How-tos and lessons in the order in which one would read them; others follow
+order = 'from_fastai own_data choosing boosted_trees service lessons from_scratch training_loop entity_embeddings embedding_sizes road_to_the_top char_rnn'.split()
+
 def toctree(caption, docs):
     return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(docs) + '\n```' if docs else ''
 
 def contents(pages, bench):
     "The tables of contents that the start page carries for the side bar"
     number = lambda p: int(''.join(c for c in p.doc.split('_')[0] if c.isdigit()) or 99)
-    of = lambda folder: [f'{p.title} <{p.doc}>' for p in pages if p.rel.parts[0]==folder]
+    place = lambda p: order.index(p.rel.stem) if p.rel.stem in order else len(order)
+    of = lambda folder: [f'{p.title} <{p.doc}>' for p in sorted(pages, key=place) if p.rel.parts[0]==folder]
     parts = [toctree('How to', of('pages')), toctree('Lessons that run', of('tutorials'))]
     low = -1
     for top,name in groups:

@@ -78,11 +78,16 @@ def loaders(d):
                Held('peak memory, in frames', at(d, 'peak_over_frame', 'cfext'), at(d, 'peak_over_frame', 'fastai'), "fastai's loaders")]
     return v
 
+def timings(o, key, title):
+    "A bar for each side: the time that the record reports, with the range of its repeats in words"
+    span = lambda vs: f'{num(min(vs))} to {num(max(vs))}' if len(vs)>1 else ''
+    return chart([Row(n, [s], ours=n.startswith('cfext'), note=span(vals(at(o, 'all', n)))) for n,s in (at(o, key) or {}).items()], title, 'seconds', bars=True, less=True, note='the median of its repeats, and their range' if at(o, 'all') else '')
+
 def loop(d):
     v = View('Time of a training epoch' + ('' if at(d, 'machine', 'gpu') else ', on a processor'))
     sides = {k:o for k,o in d.items() if isinstance(o, dict) and 'seconds' in o}
     for k,o in sides.items():
-        v.parts.append(chart([Row(n, at(o, 'all', n) or [s], ours=n=='cfext') for n,s in o['seconds'].items()], f'{k}: an epoch', 'seconds', bars=True, less=True))
+        v.parts.append(timings(o, 'seconds', f'{k}: an epoch'))
         if f := at(o, 'times_faster'):
             first = next(iter(f))
             v.parts.append(chart([Row(n, [s], ours=n=='cfext') for n,s in f.items()], f'{k}: how many times as fast as {first}', 'times', bars=True, less=False))
@@ -274,7 +279,7 @@ def sasrec(d):
     v.short.append('The run in bold is the best on the validation items; its epoch was chosen there too.')
     t = at(d, 'throughput') or {}
     for k,o in t.items():
-        v.parts.append(chart([Row(n, at(o, 'all', n) or [s], ours=n.startswith('cfext')) for n,s in (at(o, 's_per_epoch') or {}).items()], f'Time of an epoch beside a plain padded loop ({k})', 'seconds', bars=True, less=True))
+        v.parts.append(timings(o, 's_per_epoch', f'Time of an epoch beside a plain padded loop ({k})'))
     if not t: v.short.append('Time of an epoch beside a plain PyTorch SASRec is not in this record.')
     if not any(at(o, 'machine', 'gpu') for o in runs.values()): v.short.append('All runs are of a processor; the wider configurations, made for a GPU, have not run.')
     return v

@@ -155,6 +155,25 @@ def test_names_in_the_readme_are_there():
     for span in re.findall('`([^`\n]+)`', (root/'README.md').read_text()):
         for n in re.findall(r'(?<![\w=\'./])([A-Za-z_]\w+)(?=\()', span): assert n in have or n=='recipe', f'{n} in {span!r}'
 
+def test_the_readme_repeats(tmp_path, monkeypatch, quiet):
+    "Its lines, run anew, whatever torch's generator is at, give the lists that it shows"
+    import torch
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(os.getpid())
+    parts = re.findall(r'^```python\n(.*?)^```\n\n(?:^```\n(.*?)^```)?', (root/'README.md').read_text(), re.M|re.S)
+    env,n = {},0
+    for code,shown in parts:
+        *body,last = code.strip().split('\n')
+        exec('\n'.join(body), env)
+        got = eval(last, env)
+        if not hasattr(got, 'columns'): continue
+        want = [re.split(r'\s{2,}', l.strip()) for l in shown.splitlines()[1:1+len(got)]]
+        for (_,row),w in zip(got.iterrows(), want, strict=True):
+            for v,o in zip(row, w[1:], strict=True):
+                assert abs(v-float(o))<.01 or v!=v and o=='NaN' if isinstance(v, float) else str(v)==o, (code, v, o)
+                n += 1
+    assert n>=30
+
 def test_cells_that_import_stand_alone():
     "Quarto's nbdev-docs runs exported cells and cells with imports, and these only: they must not need what others define"
     stores = lambda tree: {o.id for o in ast.walk(tree) if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)}

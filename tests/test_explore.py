@@ -112,6 +112,7 @@ def test_other_bundles(tmp_path, kw, quiet):
     c = TestClient(explore_app(ex), base_url='http://localhost')
     for u in ('/',f'/user?id={ex.keys["user"][0]}','/map','/biases','/metrics','/new'): assert c.get(u).status_code==200, u
     assert c.get('/item', params=dict(id=ex.keys['item'][0])).status_code==200
+    if kw.get('n_items')==10: assert 'a longer list' not in c.get(f'/user?id={ex.keys["user"][0]}').text
     assert c.get('/new?r=0:5').status_code==(400 if kw.get('model')=='nn' else 200)
 
 def test_long_titles_are_cut_where_they_are_reasons(client):

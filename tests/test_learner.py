@@ -130,6 +130,48 @@ def test_seed_repeats_a_fit(df):
         return fitted(loaders(df), n=2).validate()[0]
     assert run()==run()
 
+def ends(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
+def agree(a, b): return all(torch.equal(v, b[k]) for k,v in a.items())
+
+@pytest.mark.parametrize('kw', [{}, dict(fast=False), dict(model='nn', loss_func=nn.L1Loss()), dict(y_range=None, loss_func=BPRLoss())], ids=['written out','fastai','lean','ranking'])
+def test_seed_of_the_learner_repeats_a_fit(df, kw):
+    "Whatever torch's global generator is at; and without a seed, it decides"
+    def run(at, seed=0):
+        torch.manual_seed(at)
+        learn = fitted(loaders(df), unk_p=0.1, **{**kw, 'seed':seed})
+        with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+        return ends(learn)
+    assert agree(run(1), run(2)) and not agree(run(1), run(1, seed=1))
+    assert agree(run(1, None), run(1, None)) and not agree(run(1, None), run(2, None))
+
+def test_id_dropout_draws_by_its_seed(df):
+    a,b,free = IdDropout(0.3, seed=7),IdDropout(0.3, seed=7),IdDropout(0.3)
+    outer = torch.get_rng_state()
+    m = a.mask((500,2), 'cpu')
+    assert torch.equal(torch.get_rng_state(), outer) and m.dtype==torch.bool and m.shape==(500,2) and 0.25<m.float().mean()<0.35
+    assert torch.equal(torch.cat([b.mask((n,2), 'cpu') for n in (7,193,300)]), m), 'the same draws however the rows are cut'
+    again = a.mask((500,2), 'cpu')
+    assert not torch.equal(again, m), 'a second fit has masks of its own'
+    c = deepcopy(b)
+    assert torch.equal(c.mask((500,2), 'cpu'), again) and torch.equal(b.mask((500,2), 'cpu'), again), 'a copy goes on where it was copied'
+    torch.manual_seed(5)
+    m = free.mask((500,2), 'cpu')
+    torch.manual_seed(5)
+    assert torch.equal(free.mask((500,2), 'cpu'), m) and torch.equal(m, (torch.manual_seed(5), torch.rand(500, 2)<0.3)[1])
+
+def test_a_learner_with_a_seed_is_copied_and_exported(df, tmp_path):
+    learn = fitted(loaders(df), unk_p=0.1)
+    twin = deepcopy(learn)
+    for l in (learn,twin):
+        with l.no_bar(),l.no_logging(): l.fit(1, 0.01)
+    assert agree(ends(learn), ends(twin))
+    learn.path = tmp_path
+    learn.export('l.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        back = load_learner(tmp_path/'l.pkl')
+    assert back.id_dropout.seed==0 and agree(ends(learn), ends(back))
+
 def test_row_weights(df):
     "Rows with weight 0 might as well not be there; a constant weight changes nothing"
     half = df.user%2==0
