@@ -35,6 +35,7 @@ def open_browser():
         b = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
         def _new(*inside, dark=False, width=1280, height=900):
             c = b.new_context(viewport=dict(width=width, height=height), color_scheme='dark' if dark else 'light')
+            c.set_default_timeout(90_000) # a busy machine
             return Watched(c.new_page(), inside)
         try: yield _new
         finally: b.close()
