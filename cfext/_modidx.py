@@ -757,6 +757,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cfext.negatives.NegativeSampler._hard': ('negatives.html#negativesampler._hard', 'cfext/negatives.py'),
                                  'cfext.negatives.NegativeSampler.draw': ('negatives.html#negativesampler.draw', 'cfext/negatives.py'),
                                  'cfext.negatives.Negatives': ('negatives.html#negatives', 'cfext/negatives.py'),
+                                 'cfext.negatives.Negatives.__getstate__': ('negatives.html#negatives.__getstate__', 'cfext/negatives.py'),
                                  'cfext.negatives.Negatives.__init__': ('negatives.html#negatives.__init__', 'cfext/negatives.py'),
                                  'cfext.negatives.Negatives._setup': ('negatives.html#negatives._setup', 'cfext/negatives.py'),
                                  'cfext.negatives.Negatives.after_loss': ('negatives.html#negatives.after_loss', 'cfext/negatives.py'),

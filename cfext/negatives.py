@@ -230,7 +230,7 @@ def _hard(self:NegativeSampler, users, pos, gen, score):
     top,at = s.topk(self.n_neg, dim=1)
     return pool.gather(1, at),top>-torch.inf,None
 
-# %% ../nbs/04a_negatives.ipynb #76235a03
+# %% ../nbs/04a_negatives.ipynb #85017902
 class Negatives(Callback):
     "Put the scores of negatives beside each prediction, for a `RankingLoss`"
     order,on_device = 15,True
@@ -248,6 +248,10 @@ class Negatives(Callback):
     def before_validate(self):
         self._setup()
         self.valid_gen = torch.Generator(self.dls.device).manual_seed(ifnone(self.seed, 0))
+    def __getstate__(self):
+        "What an export holds: a GPU's generators are left out, since they can't be read without one"
+        far = {k for k in ('gen','valid_gen') if getattr(self.__dict__.get(k), 'device', torch.device('cpu')).type=='cuda'}
+        return {**self.__dict__, **dict.fromkeys(far)}
 
 @patch
 def _setup(self:Negatives):

@@ -175,6 +175,13 @@ def test_a_user_who_has_seen_everything_has_no_negatives():
     with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.1)
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
+def test_generators_of_a_gpu_are_left_out_of_an_export():
+    from types import SimpleNamespace
+    cb = Negatives(seed=1)
+    cb.gen,cb.valid_gen = SimpleNamespace(device=torch.device('cuda')),torch.Generator()
+    state = cb.__getstate__()
+    assert state['gen'] is None and state['valid_gen'] is cb.valid_gen and cb.gen is not None
+
 def test_seed_and_global_generator():
     dls = dls_of()
     def run(seed, glob):
