@@ -259,7 +259,8 @@ def test_learns_a_cycle(arch, config):
     "Every network finds the one order that there is"
     dls = SeqDataLoaders.from_text('abcdefg'*120, seq_len=6, bs=8, layout='stretches', seed=1)
     learn = seq_learner(dls, arch, config=config, seed=2)
-    with learn.no_bar(), learn.no_logging(): learn.fit(12, 2e-2)
+    torch.manual_seed(2) # dropout draws from torch's own generator, which other tests move
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(12, 2e-2)
     eq(learn.generate('abcdef', 15, temperature=0), 'abcdef'+'gabcdefgabcdefg')
 
 def test_carry_equals_one_long_reading():
