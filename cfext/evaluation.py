@@ -220,7 +220,7 @@ def _put_figure(df, row, col, vals, interval, seed):
     b = bootstrap_interval(vals, interval, seed=seed)
     df.loc[row,f'{col} low'],df.loc[row,f'{col} high'] = b['low'],b['high']
 
-# %% ../nbs/10c_evaluation.ipynb #0b56f350
+# %% ../nbs/10c_evaluation.ipynb #60b70c93
 @patch
 def evaluate(self:CFLearner,
     k:int=10, # places in each list
@@ -229,7 +229,7 @@ def evaluate(self:CFLearner,
     exclude_seen:bool=True, # leave out of the lists what the user had before?
     candidates=None, # item ids, the only ones ranked; or {user: items} or a frame, among which each user's right answers are ranked; None: all
     n_sampled:int|None=None, # rank each user's right answers among so many random items, as some protocols do; None: among all
-    measures:tuple=('recall','NDCG'), # of `list_measures`, 'AUC' and `catalogue_measures`
+    measures:tuple=('recall','NDCG'), # of 'recall', 'precision', 'hit rate', 'NDCG', 'MRR', 'MAP', 'AUC', 'coverage', 'gini', 'novelty', 'popularity lift', 'diversity'
     baselines:dict|None=None, # {name: model} to put beside, such as dict(EASE=EASE(dls)); popularity and means always are
     interval:float|None=None, # also the bounds of a bootstrap interval of this level, between 0 and 1
     seed:int=0, # of drawn items and of the bootstrap
@@ -270,14 +270,14 @@ def evaluate(
         learn = cf_learner(dls, learn)
     return learn.evaluate(k, split, exclude_seen=exclude_seen, candidates=candidates, **kwargs)
 
-# %% ../nbs/10c_evaluation.ipynb #678424a6
+# %% ../nbs/10c_evaluation.ipynb #7dcc2760
 @patch
 def compare(self:CFLearner,
     other, # another learner, or a model over the same loaders
     k:int=10, # places in each list
     split='valid', # 'valid', or a frame of later rows, as for `evaluate`
     *,
-    measures:tuple=('recall','NDCG'), # of `list_measures` and 'AUC'
+    measures:tuple=('recall','NDCG'), # of 'recall', 'precision', 'hit rate', 'NDCG', 'MRR', 'MAP', 'AUC'
     exclude_seen:bool=True, # leave out of the lists what the user had before?
     level:float=0.95, # of the interval, between 0 and 1
     n_boot:int=2000, # draws of users, and exchanges
@@ -338,9 +338,9 @@ class ListMetric(Metric):
     @property
     def name(self): return self._name
 
-# %% ../nbs/10c_evaluation.ipynb #ee1e2ec4
+# %% ../nbs/10c_evaluation.ipynb #f1476f5f
 def list_metrics(
-    *measures:str, # of `list_measures`; none given: recall and NDCG
+    *measures:str, # of 'recall', 'precision', 'hit rate', 'NDCG', 'MRR', 'MAP'; none given: recall and NDCG
     k:int=10, # places in each list
     n_users:int|None=None, # users to judge by; None: all of the validation rows
     seed:int=0, # which users, if not all
