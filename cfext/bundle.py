@@ -71,7 +71,7 @@ def _put(folder, stem, suffix, write):
         with whole_file(folder/name) as f: os.replace(tmp, f)
     return dict(name=name, sha256=sha)
 
-# %% ../nbs/14_bundle.ipynb #74ab322b
+# %% ../nbs/14_bundle.ipynb #051bc2d9
 def _settings(learn, model):
     "What a learner's bundle says besides parameters and ids"
     ds,loss = learn.dls.train_ds,getattr(learn.loss_func, 'func', learn.loss_func)
@@ -90,7 +90,7 @@ def save_bundle(self:CFLearner,
 )->Path: # the folder
     "Write the learner as a folder of safetensors and JSON, whole or not at all"
     path,ds = Path(path),self.dls.train_ds
-    if path.is_file(): raise BundleError(f"{path} is a file; a bundle is a folder")
+    if path.is_file(): raise BundleError(f"{path} is a file; expected a folder, new or of a bundle: give another name")
     ids = {n: _ids_to_json(m.ids, n) for n,m in ds.classes.items()}
     model = self.model if history else getattr(self.model, 'without_rows', lambda: self.model)()
     tensors = {f'model.{k}': v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
@@ -115,9 +115,12 @@ def _files(path):
     try: return {Path(o['name']).name for o in json.loads((path/'bundle.json').read_text(encoding='utf-8'))['files'].values()}
     except (OSError,ValueError,KeyError,TypeError,AttributeError): return set()
 
-# %% ../nbs/14_bundle.ipynb #a8154712
+# %% ../nbs/14_bundle.ipynb #73a2ae71
 def _manifest(path):
     "Read and check `bundle.json` and the digests of the files it names"
+    if path.is_file():
+        inside = (path.parent/'bundle.json').is_file()
+        raise BundleError(f"{path} is a file{' inside a bundle' if inside else ''}; expected the bundle's folder" + (f": give {str(path.parent)!r}" if inside else ", as `save_bundle` made it"))
     if not (path/'bundle.json').is_file(): raise BundleError(f"{path} holds no bundle (no bundle.json in it): make one with learn.save_bundle({str(path)!r})")
     try: d = json.loads((path/'bundle.json').read_text(encoding='utf-8'))
     except ValueError as e: raise BundleError(f"{path/'bundle.json'} is not readable as JSON ({e}); save the bundle again") from e

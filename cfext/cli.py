@@ -103,7 +103,7 @@ def _write_items(df, item_name, out):
     if not cols: return (out/'items.csv').unlink(missing_ok=True)
     with whole_file(out/'items.csv') as f: df[[item_name,*cols]].drop_duplicates(item_name).to_csv(f, index=False)
 
-# %% ../nbs/16_cli.ipynb #048cb230
+# %% ../nbs/16_cli.ipynb #dcb59ab7
 def _fit(
     data:str=None, # a ratings file (.csv, .tsv, .parquet) or the folder of a MovieLens set; none: a synthetic set
     out:str='demo', # folder for the bundle, metrics.json, pictures and recommendations.csv
@@ -137,9 +137,9 @@ def _fit(
     _pictures(learn, out, None if genre is None else df.drop_duplicates(dls.item_name).set_index(dls.item_name)[genre].str.split('|').str[0])
     users = dls.classes[dls.user_name].ids[:10_000]
     with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K).to_csv(f, index=False, float_format='%.4f')
-    print(f"\n{report.round(4).to_string()}\n\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
+    print(f"\n{report.round(4)}\n\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
 
-# %% ../nbs/16_cli.ipynb #2ba8df3c
+# %% ../nbs/16_cli.ipynb #773bfd36
 def _parse_id(learn, role, text):
     "An id from the command line as the kind of value that the map holds"
     ids = learn.dls.classes[learn.dls.cat_names[role=='item']].ids
@@ -152,7 +152,7 @@ def _evaluate(
     K:int=10, # places in each list
 ):
     "Print the report on the held-out rows, beside baselines"
-    print(load_bundle(bundle).evaluate(k=K).round(4).to_string())
+    print(load_bundle(bundle).evaluate(k=K).round(4))
 
 def _recommend(
     bundle:str, # folder that `cfext fit` wrote

@@ -40,7 +40,7 @@ def history_rows(
     res[row, items[at]] = 1
     return res
 
-# %% ../nbs/04b_closed.ipynb #53830d3a
+# %% ../nbs/04b_closed.ipynb #f6f0a05f
 def _solved(cls, base, config, state):
     "A solved model with the tables of `state`; nothing is solved again"
     model = cls.__new__(cls)
@@ -52,6 +52,7 @@ def _solved(cls, base, config, state):
 
 class _ItemBased(CFModel):
     "Scores by a user's history times a table of items `weight` (n_items, n_items)"
+    rates = False
     def __init__(self, dls, **config):
         super().__init__(dls.n_users, dls.n_items, **config)
         starts,items = user_histories(dls.train_ds.x, dls.n_users, dls.n_items)
@@ -157,9 +158,10 @@ def pair_weights(
     res = w.new_full((len(keys),), -torch.inf).scatter_reduce_(0, at, w, 'amax')
     return res[(keys>=n_items)&(keys%n_items>0)]
 
-# %% ../nbs/04b_closed.ipynb #870d3b1c
+# %% ../nbs/04b_closed.ipynb #b44d3915
 class IALS(DotProduct):
     "Implicit alternating least squares over all pairs (Hu, Koren and Volinsky 2008; Rendle et al. 2022)"
+    rates = False
     def __init__(self,
         dls:CFDataLoaders, # the loaders whose training rows count
         n_factors:int=64, # width of both tables

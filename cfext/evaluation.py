@@ -131,7 +131,7 @@ def judge(
     short = (recs<0)
     return res,dict(short_lists=int(short.any(1).sum()), empty_lists=int(short.all(1).sum()), lists_cut_in_a_tie=tied)
 
-# %% ../nbs/10c_evaluation.ipynb #dc15d98d
+# %% ../nbs/10c_evaluation.ipynb #a5ba8117
 class Report(pd.DataFrame):
     "A frame of figures that says below itself who was judged and what was left out"
     _metadata = []
@@ -145,8 +145,8 @@ class Report(pd.DataFrame):
         if not c: return ''
         rest = [f"{v:,} {n.replace('_', ' ')}" for n,v in c.items() if v and n not in ('held_out_rows','users_judged')]
         return f"{c['users_judged']:,} users judged by {c['held_out_rows']:,} held-out rows, {self.attrs['ranked']}" + ''.join(f'; {o}' for o in rest)
-    def __repr__(self): return super().__repr__() + (f'\n{self.note}' if self.note else '')
-    def _repr_html_(self): return (super()._repr_html_() or '') + (f'<p>{self.note}</p>' if self.note else '')
+    def __repr__(self): return self.to_string(na_rep='') + (f'\n{self.note}' if self.note else '')
+    def _repr_html_(self): return self.to_html(na_rep='', notebook=True) + (f'<p>{self.note}</p>' if self.note else '')
 
 def _mean_preds(dls, vx):
     "Predictions of the rows `vx` by means that are fitted on the training rows"
@@ -220,7 +220,7 @@ def _put_figure(df, row, col, vals, interval, seed):
     b = bootstrap_interval(vals, interval, seed=seed)
     df.loc[row,f'{col} low'],df.loc[row,f'{col} high'] = b['low'],b['high']
 
-# %% ../nbs/10c_evaluation.ipynb #7ed10ab3
+# %% ../nbs/10c_evaluation.ipynb #60b70c93
 @patch
 def evaluate(self:CFLearner,
     k:int=10, # places in each list
@@ -229,7 +229,7 @@ def evaluate(self:CFLearner,
     exclude_seen:bool=True, # leave out of the lists what the user had before?
     candidates=None, # item ids, the only ones ranked; or {user: items} or a frame, among which each user's right answers are ranked; None: all
     n_sampled:int|None=None, # rank each user's right answers among so many random items, as some protocols do; None: among all
-    measures:tuple=('recall','NDCG'), # of `list_measures`, 'AUC' and `catalogue_measures`
+    measures:tuple=('recall','NDCG'), # of 'recall', 'precision', 'hit rate', 'NDCG', 'MRR', 'MAP', 'AUC', 'coverage', 'gini', 'novelty', 'popularity lift', 'diversity'
     baselines:dict|None=None, # {name: model} to put beside, such as dict(EASE=EASE(dls)); popularity and means always are
     interval:float|None=None, # also the bounds of a bootstrap interval of this level, between 0 and 1
     seed:int=0, # of drawn items and of the bootstrap
@@ -240,7 +240,8 @@ def evaluate(self:CFLearner,
     x,y,seen = _split_rows(self, split)
     held = HeldOut(dls, x, seen if exclude_seen else None)
     kw,ranked,suffix = _protocol(self, held, seen if exclude_seen else None, candidates, n_sampled, seed)
-    res = pd.DataFrame(index=[name]) if y is None or isinstance(self.loss_func, RankingLoss) else _rating_report(self, x, y)
+    rates = getattr(self.model, 'rates', True) and not isinstance(self.loss_func, RankingLoss)
+    res = _rating_report(self, x, y) if rates and y is not None else pd.DataFrame(index=[name])
     counts = dict(held.counts)
     for n,m in {name: self.model, **_beside(dls, baselines)}.items():
         if not len(held.users): break
@@ -252,7 +253,7 @@ def evaluate(self:CFLearner,
     res.attrs.update(counts=counts, ranked=ranked)
     return res
 
-# %% ../nbs/10c_evaluation.ipynb #b6731942
+# %% ../nbs/10c_evaluation.ipynb #6b875d72
 def evaluate(
     learn, # a learner; or a model over the loaders `dls`, such as `EASE(dls)`
     split='valid', # 'valid': the loaders' validation rows; or a frame of later rows
@@ -269,15 +270,14 @@ def evaluate(
         learn = cf_learner(dls, learn)
     return learn.evaluate(k, split, exclude_seen=exclude_seen, candidates=candidates, **kwargs)
 
-
-# %% ../nbs/10c_evaluation.ipynb #678424a6
+# %% ../nbs/10c_evaluation.ipynb #7dcc2760
 @patch
 def compare(self:CFLearner,
     other, # another learner, or a model over the same loaders
     k:int=10, # places in each list
     split='valid', # 'valid', or a frame of later rows, as for `evaluate`
     *,
-    measures:tuple=('recall','NDCG'), # of `list_measures` and 'AUC'
+    measures:tuple=('recall','NDCG'), # of 'recall', 'precision', 'hit rate', 'NDCG', 'MRR', 'MAP', 'AUC'
     exclude_seen:bool=True, # leave out of the lists what the user had before?
     level:float=0.95, # of the interval, between 0 and 1
     n_boot:int=2000, # draws of users, and exchanges
@@ -338,9 +338,9 @@ class ListMetric(Metric):
     @property
     def name(self): return self._name
 
-# %% ../nbs/10c_evaluation.ipynb #ee1e2ec4
+# %% ../nbs/10c_evaluation.ipynb #f1476f5f
 def list_metrics(
-    *measures:str, # of `list_measures`; none given: recall and NDCG
+    *measures:str, # of 'recall', 'precision', 'hit rate', 'NDCG', 'MRR', 'MAP'; none given: recall and NDCG
     k:int=10, # places in each list
     n_users:int|None=None, # users to judge by; None: all of the validation rows
     seed:int=0, # which users, if not all

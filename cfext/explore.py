@@ -172,7 +172,7 @@ def _new(ex, req):
     return _page(ex, 'New user', H1('A new user'), P('The user\'s factors are solved for from these ratings; the model is left as it is, and nothing is stored.', cls='quiet'), form,
                  Div(Section(*said), Section(*recs), cls='two'), here='newcomer')
 
-# %% ../nbs/14e_explore.ipynb #2c4c934c
+# %% ../nbs/14e_explore.ipynb #8593d43f
 _css = '''
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c1e21;--dim:#5b6066;--line:#dcdfe3;--box:#f5f6f8;--link:#0b5cad;--mark:#e3effc}
 @media (prefers-color-scheme:dark){:root{--bg:#15171a;--fg:#e6e7e9;--dim:#a2a8af;--line:#33373d;--box:#1e2125;--link:#8ec1ff;--mark:#22354b}}
@@ -192,6 +192,7 @@ h1{font-size:1.7rem;line-height:1.2;margin:.6rem 0;overflow-wrap:anywhere;displa
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:.5rem 2.5rem}.two>*{min-width:0}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%}caption{text-align:left;font-weight:600;padding:.6rem 0 .3rem}
 th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}td:not(:first-child){white-space:nowrap}th.num,td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+@media (max-width:28rem){.wide{font-size:.82rem}th,td{padding-right:.4rem}}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1rem;margin:.5rem 0}dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
 .recs{padding-left:1.7rem;margin:0}.recs li{padding:.35rem 0;border-bottom:1px solid var(--line)}
 .recs>li>a.title{margin-right:.6rem}.score{margin-right:.6rem;font-variant-numeric:tabular-nums;font-weight:600}.why{display:block}.why a.title{display:inline}

@@ -19,7 +19,7 @@ from fastcore.basics import *
 from .core import *
 from .embed import *
 
-# %% ../nbs/03_models.ipynb #3f1f15e2
+# %% ../nbs/03_models.ipynb #d56ac5d1
 def score_by_forward(
     model:nn.Module, # takes codes (n,2), gives n scores in any shape
     users:Tensor, # (n,) long codes of users
@@ -35,6 +35,7 @@ def score_by_forward(
 
 class CFModel(nn.Module):
     "What cfext's models share; a subclass defines `forward`, and passes its arguments to `super().__init__`"
+    rates = True # are scores meant as ratings, so that their error can be told? what only ranks says False
     def __init__(self,
         n_users:int, # rows of the user tables, the unknown row 0 included
         n_items:int, # rows of the item tables, the unknown row 0 included

@@ -350,9 +350,10 @@ def similar_users(self:CFLearner,
     "Find the `k` users whose factors have the largest cosine with each of `users`"
     return _nearest(self, 'user', users, k)
 
-# %% ../nbs/10_recommend.ipynb #8e442f3d
+# %% ../nbs/10_recommend.ipynb #ec368543
 class Popularity(CFModel):
     "Scores each item by its training rows, the same for everybody"
+    rates = False
     def __init__(self,
         dls:CFDataLoaders, # the loaders whose training rows count
     ):

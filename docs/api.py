@@ -58,6 +58,7 @@ def _signature(f, drop_first):
 def _message(call):
     "The words of an error, with what is filled in shown as `{...}`"
     args = call.args if isinstance(call, ast.Call) else []
+    if isinstance(call, ast.Call) and _text(call.func)=='UnknownIdError': return 'ids that training has not seen'
     s = next((ast.unparse(o) if not isinstance(o, ast.Constant) else o.value for o in args if isinstance(o, (ast.Constant,ast.JoinedStr))), '')
     for o in args:
         if isinstance(o, ast.JoinedStr):

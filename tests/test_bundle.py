@@ -133,7 +133,8 @@ def test_spoiled_bundles(tmp_path):
         with pytest.raises(BundleError, match=msg): load_bundle(tmp_path/'b')
     with pytest.raises(BundleError, match='holds no bundle'): load_bundle(tmp_path/'nowhere')
     (tmp_path/'f').write_text('x')
-    with pytest.raises(BundleError, match='is a file'): learn.save_bundle(tmp_path/'f')
+    with pytest.raises(BundleError, match='is a file; expected a folder'): learn.save_bundle(tmp_path/'f')
+    with pytest.raises(BundleError, match="f is a file; expected the bundle's folder, as"): load_bundle(tmp_path/'f')
 
 def test_a_name_in_the_manifest_cannot_leave_the_folder(tmp_path):
     make().save_bundle(tmp_path/'b')

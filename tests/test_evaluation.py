@@ -141,6 +141,20 @@ def test_a_frame_of_later_rows(learn):
     assert 'RMSE' not in learn.evaluate(k=5, split=rows.drop(columns='rating'))
     with pytest.raises(ValueError, match='is not a column'): learn.evaluate(split=rows.drop(columns='title'))
 
+@pytest.mark.parametrize('make', [lambda d: EASE(d, 20.), ItemKNN, lambda d: IALS(d, 3), Popularity])
+def test_scores_that_are_no_ratings_get_no_error_of_ratings(learn, make, tmp_path):
+    model = make(learn.dls)
+    rep = evaluate(model, k=5, dls=learn.dls)
+    assert not {'RMSE','MAE'}&set(rep) and 'mean rating' not in rep.index and rep['NDCG@5'].notna().all()
+    cf_learner(learn.dls, model).save_bundle(tmp_path)
+    assert 'RMSE' not in load_bundle(tmp_path, device='cpu').evaluate(k=5)
+    beside = learn.evaluate(k=5, baselines={'other':model})
+    assert beside.RMSE.notna().sum()==5 and np.isnan(beside.RMSE['other']) and 'nan' not in (repr(beside)+beside._repr_html_()).lower()
+
+def test_a_loss_that_ranks_leaves_errors_of_ratings_out(learn):
+    l = cf_learner(learn.dls, n_factors=3, loss_func=BPRLoss(), seed=0)
+    assert 'RMSE' not in l.evaluate(k=5) and 'RMSE' in cf_learner(learn.dls, n_factors=3, seed=0).evaluate(k=5)
+
 def test_compare_is_the_paired_test_of_what_evaluate_says(learn):
     pop = Popularity(learn.dls)
     res = learn.compare(pop, k=5, measures=('recall','AUC'), seed=3)
