@@ -130,7 +130,7 @@ def frame(self:Ratings,
     flat = lambda v: v if not isinstance(v, Tensor) else to_detach(v).numpy() if v.ndim==1 else to_detach(v)[:,0].numpy()
     return pd.DataFrame({**res, **{k: flat(v) for k,v in cols.items()}})
 
-# %% ../nbs/01b_data.ipynb #d83ff238
+# %% ../nbs/01b_data.ipynb #6121f693
 class ResidentDL(TfmdDL):
     "A loader over `Ratings` whose rows lie on the device: no worker, no collating, every row once an epoch"
     block = 1<<20
@@ -142,13 +142,14 @@ class ResidentDL(TfmdDL):
         device=None, # where the batches should lie; `None`: where the rows are
         resident:bool=True, # move the rows there? False: they stay in host memory and are sent a block ahead
         seed:int|None=None, # seed of the order; `None`: follows torch's global generator
+        by_user:bool=False, # shuffle users rather than rows, so that a user's rows follow one another?
         **kwargs, # anything else that a `TfmdDL` takes
     ):
         kwargs['num_workers'] = 0
         if device is not None and resident: dataset.to(device)
         device = dataset.x.device if device is None else torch.device(device)
         super().__init__(dataset, bs=check_pos(bs, 'bs'), shuffle=shuffle, drop_last=drop_last, device=device, **kwargs)
-        self.seed,self.wb,self._n_inp,self.resident = seed,None,1,resident
+        self.seed,self.wb,self._n_inp,self.resident,self.by_user = seed,None,1,resident,by_user
         self._types = {tuple:[Tensor]*(1 if dataset.y is None else 2)}
         self._seeds = None if seed is None else torch.Generator().manual_seed(seed)
 
@@ -159,7 +160,7 @@ def to(self:ResidentDL, device):
 
 @patch
 def new(self:ResidentDL, dataset=None, cls=None, **kwargs):
-    return super(ResidentDL, self).new(dataset, cls, **{'seed':self.seed, 'resident':self.resident, **({} if self.resident else {'device':self.device}), **kwargs})
+    return super(ResidentDL, self).new(dataset, cls, **{'seed':self.seed, 'resident':self.resident, 'by_user':self.by_user, **({} if self.resident else {'device':self.device}), **kwargs})
 
 @patch
 def bounds(self:ResidentDL)->list: # [0, bs, 2*bs, ..., n]: the row numbers at which batches begin and end
@@ -174,7 +175,7 @@ def bounds(self:ResidentDL)->list: # [0, bs, 2*bs, ..., n]: the row numbers at w
 @patch
 def __len__(self:ResidentDL): return len(self.bounds())-1
 
-# %% ../nbs/01b_data.ipynb #142e8c09
+# %% ../nbs/01b_data.ipynb #5855bdd3
 def _ahead(f, xs):
     "Yield `f(x)` for each of `xs`; the next one is being made by a thread meanwhile"
     with ThreadPoolExecutor(1) as pool:
@@ -189,7 +190,11 @@ def get_idxs(self:ResidentDL)->Tensor: # (n,) long
     n,dev = len(self.dataset),self.dataset.x.device
     if not self.shuffle: return torch.arange(n, device=dev)
     seed = torch.randint(2**62, (1,), generator=self._seeds).item()
-    return torch.randperm(n, device=dev, generator=torch.Generator(dev).manual_seed(seed))
+    gen = torch.Generator(dev).manual_seed(seed)
+    order = torch.randperm(n, device=dev, generator=gen)
+    if not self.by_user: return order
+    place = torch.randperm(self.dataset.n_users, device=dev, generator=gen)
+    return order[place[self.dataset.x[order,0].long()].argsort(stable=True)]
 
 @patch
 def _take(self:ResidentDL, rows):
@@ -288,7 +293,7 @@ def _split_mask(df, splitter, valid_pct, seed):
     if (train&valid).any(): raise ValueError(f"`splitter` puts {int((train&valid).sum())} rows into both training and validation")
     return train,valid
 
-# %% ../nbs/01b_data.ipynb #b1a65cfa
+# %% ../nbs/01b_data.ipynb #b3931dc6
 def _fits(dss, device):
     "Do the rows of `dss` take at most half of what is free on the device?"
     if torch.device(device).type!='cuda': return True
@@ -314,6 +319,7 @@ class CFDataLoaders(DataLoaders):
         bs:int=64, # rows a training batch
         val_bs:int|None=None, # rows a validation batch; `None`: `bs`, and 8,192 at the least
         drop_last:bool=False, # leave out a last, short training batch?
+        by_user:bool=False, # shuffle users rather than training rows? `FullSoftmaxLoss` is then several times faster
         device=None, # where the rows lie and the model trains; `None`: fastai's `default_device()`
         resident:bool|None=None, # keep all rows on the device? False: in host memory, sent a block ahead; `None`: if they take at most half of its free memory
     ):
@@ -328,7 +334,7 @@ class CFDataLoaders(DataLoaders):
         dss = cls._datasets(df, user, item, rating, weight_name, _split_mask(df, splitter, valid_pct, seed))
         device,val_bs = default_device() if device is None else device,ifnone(val_bs, max(bs, 8192))
         kw = dict(device=device, resident=_fits(dss, device) if resident is None else resident)
-        res = cls(ResidentDL(dss[0], bs=bs, shuffle=True, drop_last=drop_last, seed=seed, **kw), ResidentDL(dss[1], bs=val_bs, **kw),
+        res = cls(ResidentDL(dss[0], bs=bs, shuffle=True, drop_last=drop_last, by_user=by_user, seed=seed, **kw), ResidentDL(dss[1], bs=val_bs, **kw),
                   path=path, device=device)
         res.unk = unk
         return res

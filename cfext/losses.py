@@ -80,7 +80,7 @@ class WARPLoss(RankingLoss):
         harmonic = torch.digamma(rank.to(cost.dtype)+1)+0.5772156649015329
         return (harmonic*cost.gather(1, first))[:,0]
 
-# %% ../nbs/04_losses.ipynb #2a8cbd58
+# %% ../nbs/04_losses.ipynb #227ea5e7
 class BCELoss(RankingLoss):
     "Binary cross-entropy of the positive and of each negative (He et al. 2017)"
     n_neg = 4
@@ -90,13 +90,15 @@ class FullSoftmaxLoss(RankingLoss):
     "Cross-entropy over the whole catalogue, given its scores or their log-sum-exp (Liang et al. 2018)"
     def __init__(self,
         temp:float=1., # temperature that scores are divided by, above 0
+        weight:float=1., # of the log-sum-exp beside the positive, above 0; 1: the likelihood
         *,
         reduction:str='mean', # over the rows: 'mean', 'sum' or 'none'
     ):
         super().__init__(reduction=reduction)
-        if not temp>0: raise ValueError(f"`temp`={temp} should be above 0")
-        self.temp = temp
-    def row(self, pos, neg): return (neg/self.temp).logsumexp(1) - pos[:,0]/self.temp
+        for n,v in (('temp',temp),('weight',weight)):
+            if not v>0: raise ValueError(f"`{n}`={v} should be above 0")
+        self.temp,self.weight = temp,weight
+    def row(self, pos, neg): return self.weight*(neg/self.temp).logsumexp(1) - pos[:,0]/self.temp
 
 # %% ../nbs/04_losses.ipynb #7b95b0cd
 class SampledSoftmaxLoss(FullSoftmaxLoss):
