@@ -46,7 +46,7 @@ def hold_out(train, seed=0):
     negs = [rng.choice(np.setdiff1d(items, seen[u]), 99, replace=False) for u in last.user]
     return train.drop(last.index),last[['user','item']].to_numpy(),np.stack(negs)
 
-def loaders(df): return CFDataLoaders.from_df(df, rating_name=None, valid_pct=0, device='cpu', bs=8192, seed=0)
+def loaders(df): return CFDataLoaders.from_df(df, rating_name=None, valid_pct=0, device='cpu', bs=8192, seed=0, by_user=True)
 
 def judge(dls, model, pos, negs, against=False):
     "HR@10 and NDCG@10; a film without a training row scores below all others"
@@ -59,17 +59,10 @@ def judge(dls, model, pos, negs, against=False):
     rank = (above & torch.from_numpy(negs!=pos[:,1:])).sum(1).numpy()
     return dict(HR=float((rank<k).mean()), NDCG=float(np.where(rank<k, 1/np.log2(rank+2), 0).mean()))
 
-def by_user(dl):
-    "Visit the rows user after user, users in a new order each epoch, so that a softmax over all films is computed once a user"
-    x = dl.dataset.x[:,0].long()
-    def get_idxs(): return torch.argsort(torch.rand(int(x.max())+1, generator=dl._seeds)[x])
-    dl.get_idxs = get_idxs
-
-def dot(dls, seed, lr, wd, epochs, n_factors, a):
+def dot(dls, seed, lr, wd, epochs, n_factors, a=0., model=DotProduct, **loss):
     ds,u = dls.train_ds,dls.train_ds.x[:,0].long()
-    ds.w = torch.bincount(u)[u].float()**-a
-    by_user(dls.train)
-    learn = cf_learner(dls, DotProduct, n_factors=n_factors, loss_func=FullSoftmaxLoss(), seed=seed, unk_p=0)
+    ds.w = torch.bincount(u)[u].float()**-a if a else None
+    learn = cf_learner(dls, model, n_factors=n_factors, loss_func=FullSoftmaxLoss(**loss), seed=seed, unk_p=0)
     with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(epochs, lr, wd=wd)
     ds.w = None
     return learn.model
@@ -89,8 +82,9 @@ makers = {
     'EASE':       (lambda dls,seed,**kw: EASE(dls, **kw), [dict(reg=r) for r in (500.,1000.,2000.)]),
     'dot, iALS':  (ials, [dict(n_factors=64, alpha0=a, lam=0.003) for a in (0.15,0.3,0.6)] + [dict(n_factors=128, alpha0=0.3, lam=0.006)]),
     'dot, iALS, recent rows first': (ials, [dict(n_factors=64, alpha0=0.3, lam=0.003, recent=4., half=h) for h in (10,20)]),
-    'dot, full softmax': (lambda dls,seed,**kw: dot(dls, seed, **kw), [dict(lr=0.02, wd=wd, epochs=30, n_factors=64, a=0.5) for wd in (0.05,0.2)])}
-seeded = ('dot, iALS','dot, iALS, recent rows first','dot, full softmax')
+    'dot, full softmax': (lambda dls,seed,**kw: dot(dls, seed, **kw), [dict(lr=0.02, wd=wd, epochs=30, n_factors=64, a=0.5) for wd in (0.05,0.2)]),
+    'cosine, full softmax': (lambda dls,seed,**kw: dot(dls, seed, model=CosineProduct, **kw), [dict(lr=0.01, wd=0., epochs=30, n_factors=64, temp=t, weight=w) for t,w in ((0.09,1.),(0.12,1.),(0.15,1.),(0.12,1.1))])}
+seeded = ('dot, iALS','dot, iALS, recent rows first','dot, full softmax','cosine, full softmax')
 
 def save(res):
     "Record what there is so far"

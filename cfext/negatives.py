@@ -230,7 +230,7 @@ def _hard(self:NegativeSampler, users, pos, gen, score):
     top,at = s.topk(self.n_neg, dim=1)
     return pool.gather(1, at),top>-torch.inf,None
 
-# %% ../nbs/04a_negatives.ipynb #85017902
+# %% ../nbs/04a_negatives.ipynb #db898463
 class Negatives(Callback):
     "Put the scores of negatives beside each prediction, for a `RankingLoss`"
     order,on_device = 15,True
@@ -248,6 +248,8 @@ class Negatives(Callback):
     def before_validate(self):
         self._setup()
         self.valid_gen = torch.Generator(self.dls.device).manual_seed(ifnone(self.seed, 0))
+        self.lse = torch.full((self.ds.n_users,1), torch.nan)
+    def after_validate(self): self.lse = None
     def __getstate__(self):
         "What an export holds: a GPU's generators are left out, since they can't be read without one"
         far = {k for k in ('gen','valid_gen') if getattr(self.__dict__.get(k), 'device', torch.device('cpu')).type=='cuda'}
@@ -266,7 +268,7 @@ def _setup(self:Negatives):
         self.ds,self.sampler = ds,NegativeSampler(ds, n_neg, self.how, also=getattr(self.dls, 'also_seen', (None,))[0], **self.kwargs)
     if getattr(loss, 'n_items', 0) is None: loss.n_items = ds.n_items-1
 
-# %% ../nbs/04a_negatives.ipynb #4957510a
+# %% ../nbs/04a_negatives.ipynb #5ac2259e
 def _pair_scores(model, users, items):
     "`score_pairs` of one of our models, or of any module by running it on the pairs"
     return model.score_pairs(users, items) if hasattr(model, 'score_pairs') else CFModel.score_pairs(model, users, items)
@@ -284,12 +286,21 @@ def _log_sum_exp(model, users, temp, n_items):
     return (temp*lse + model.user_bias[us] + model.offset)[inv]
 
 @patch
+def _whole(self:Negatives, users):
+    "For each row, the log-sum-exp of the user's scores; a validation on a CPU works each user out once"
+    lse = lambda us: _log_sum_exp(self.model, us, self.learn.loss_func.temp, self.ds.n_items)
+    if self.training or users.is_cuda: return lse(users)
+    new = users.unique()
+    for us in new[self.lse[new,0].isnan()].split(max(1, (1<<25)//self.ds.n_items)): self.lse[us] = lse(us).float()
+    return self.lse[users]
+
+@patch
 def after_pred(self:Negatives):
     if not len(self.yb): return
     x,loss = self.xb[0],self.learn.loss_func
     self.pos = self.learn.pred
     pos = self.pos.reshape(-1, 1).float()
-    if type(loss) is FullSoftmaxLoss: rest = _log_sum_exp(self.model, x[:,0], loss.temp, self.ds.n_items)
+    if type(loss) is FullSoftmaxLoss: rest = self._whole(x[:,0])
     else:
         score = lambda users,items: _pair_scores(self.model, users, items)
         with_logq = type(loss).adjust is not RankingLoss.adjust

@@ -303,8 +303,8 @@ def newcomers(d):
 def ranking_ml100k(d):
     v,res = View('Lists on MovieLens 100K'),at(d, 'results') or {}
     for m,shown in (('ndcg','NDCG@10'),('recall','recall@10')):
-        v.parts.append(chart(rows({n:o.get(m) for n,o in res.items()}, [n for n in res if n.startswith('dot')]), f'{shown}, a quarter of each user held out, all items ranked', shown, less=False, head='model', note='a dot a seed'))
-    first = next((n for n in res if 'softmax' in n), None)
+        v.parts.append(chart(rows({n:o.get(m) for n,o in res.items()}, [n for n in res if n.startswith(('dot','cosine'))]), f'{shown}, a quarter of each user held out, all items ranked', shown, less=False, head='model', note='a dot a seed'))
+    first = next((n for n in ('cosine, full softmax','dot, full softmax') if n in res), None)
     if first: v.held += [Held(f'NDCG@10, {first}', mean(res[first].get('ndcg')), mean(res[n].get('ndcg')), f'{n}, same splits', less=False, sd=at(res, first, 'ndcg', 'sd')) for n in res if n!=first]
     return v
 

@@ -1,5 +1,5 @@
 "The script for data in LightGCN's layout: its evaluation against that paper's, in loops, and the whole way on a small made-up folder"
-import importlib.util,json,math,subprocess,sys
+import importlib.util,json,math,os,subprocess,sys
 from types import SimpleNamespace
 
 import numpy as np,pandas as pd,pytest,torch
@@ -57,7 +57,7 @@ def test_the_script_runs_and_finds_the_tastes(folder, tmp_path):
     models = ['popularity','ials','ease','mf','mf-sampled','mf-bpr','lightgcn']
     cmd = [sys.executable, 'benchmarks/lightgcn_layout.py', str(folder), '--models', *models, '--temps', '0.2', '--weights', '1', '--epochs', '8',
            '--max-epochs', '16', '--bs', '64', '--n-neg', '32', '--factors', '8', '--lr', '0.03', '--device', 'cpu', '--out', str(tmp_path/'o.json')]
-    r = subprocess.run(cmd, capture_output=True, text=True, cwd=root)
+    r = subprocess.run(cmd, capture_output=True, text=True, cwd=root, env={**os.environ, 'OMP_NUM_THREADS':'1'})
     assert r.returncode==0, r.stderr[-2000:]
     res = json.loads((tmp_path/'o.json').read_text())['results']
     assert list(res)==models and 'of 79 users, 1 of them with an item that has no training row' in r.stdout
