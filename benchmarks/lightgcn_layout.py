@@ -101,7 +101,8 @@ def trained(inner, held, outer, name, a, seed):
     grid,t = grid_of(name.partition('-')[2] or 'softmax', a),time.time()
     fit(inner, name, grid[0], 1, a, seed)
     took,budget = time.time()-t,60*a.minutes
-    epochs = max(1, min(a.epochs, int(budget/took/(len(grid)+4)))) # 4: twice as many epochs here, and for all rows
+    grid = grid[:max(1, int(budget/took/10)-4)] # at least ten epochs each; 4: twice as many here, and for all rows
+    epochs = max(1, min(a.epochs, int(budget/took/(len(grid)+4))))
     most = took*epochs*(len(grid)+4)
     print(f'  {name}: an epoch takes {took:.1f} s; {len(grid)} settings of {epochs} epochs, then more: at least {most/60:.0f} min', flush=True)
     tried = []
@@ -172,11 +173,11 @@ def args():
     p.add_argument('path', nargs='?', help='folder with train.txt and test.txt; or a file or folder of ratings, which is split')
     p.add_argument('--synthetic', action='store_true', help="a made-up set of Gowalla's size")
     p.add_argument('--models', nargs='+', choices=('popularity','ials','ease',*trained_models), help='in this order; default: popularity, mf, ials, ease, LightGCN on a GPU only')
-    p.add_argument('--temps', nargs='+', type=float, default=[0.08,0.12,0.18], help='temperatures of the softmax to try')
-    p.add_argument('--weights', nargs='+', type=float, default=[1.,1.2], help='weights of its log-sum-exp to try')
+    p.add_argument('--temps', nargs='+', type=float, default=[0.12,0.08,0.18], help='temperatures of the softmax to try, the first ones if time is short')
+    p.add_argument('--weights', nargs='+', type=float, default=[1.2,1.], help='weights of its log-sum-exp to try')
     p.add_argument('--epochs', type=int, default=20, help='of each setting tried; fewer where --minutes asks for it')
     p.add_argument('--max-epochs', type=int, default=160, help='at most so many where doubling them helps')
-    p.add_argument('--minutes', type=float, help='for each trained model, about; default: 60 on a CPU, no limit on a GPU')
+    p.add_argument('--minutes', type=float, help='for each trained model, about; default: 60 on a CPU, a day on a GPU')
     p.add_argument('--factors', type=int, default=64)
     p.add_argument('--layers', type=int, default=3, help='steps of LightGCN')
     p.add_argument('--n-neg', type=int, default=512, help='shared negatives of a batch, for -sampled and -ccl')
@@ -190,7 +191,7 @@ def args():
     a = p.parse_args()
     if not a.path and not a.synthetic: p.error('PATH or --synthetic is needed')
     if not a.models: a.models = ['popularity','mf'] + (['lightgcn'] if a.device!='cpu' else []) + ['ials','ease']
-    if a.minutes is None: a.minutes = 60 if a.device=='cpu' else float('inf')
+    if a.minutes is None: a.minutes = 60 if a.device=='cpu' else 24*60
     return a
 
 def read(a, seed):
