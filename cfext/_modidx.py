@@ -1037,6 +1037,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.stacked.Stacked.__init__': ('stacked.html#stacked.__init__', 'cfext/stacked.py'),
                                'cfext.stacked.Stacked.__len__': ('stacked.html#stacked.__len__', 'cfext/stacked.py'),
                                'cfext.stacked.Stacked._dots': ('stacked.html#stacked._dots', 'cfext/stacked.py'),
+                               'cfext.stacked.Stacked._pairs': ('stacked.html#stacked._pairs', 'cfext/stacked.py'),
                                'cfext.stacked.Stacked.backward': ('stacked.html#stacked.backward', 'cfext/stacked.py'),
                                'cfext.stacked.Stacked.clear': ('stacked.html#stacked.clear', 'cfext/stacked.py'),
                                'cfext.stacked.Stacked.give': ('stacked.html#stacked.give', 'cfext/stacked.py'),

@@ -251,7 +251,7 @@ class _Replay:
             self.records = False
             print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
-# %% ../nbs/14g_many.ipynb #60a000f9
+# %% ../nbs/14g_many.ipynb #23ddc1f4
 @patch
 def _whole(self:_Together, rows, done, losses):
     "Run the full batches by steps that lie on the device; `done` is told of them"
@@ -265,7 +265,7 @@ def _whole(self:_Together, rows, done, losses):
             for ran in ds.run([rows[0].bs]*n): done(ran, ks, ds.losses.T)
         finally:
             losses[:ran] = ds.losses.T[:ran]
-            self.adam.t += ran
+            for t in (self.adam.t,self.adam.count): t += ran
     return n
 
 @patch
