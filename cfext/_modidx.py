@@ -609,6 +609,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cfext.loop._OwnStep.step': ('loop.html#_ownstep.step', 'cfext/loop.py'),
                             'cfext.loop._OwnStep.sync': ('loop.html#_ownstep.sync', 'cfext/loop.py'),
                             'cfext.loop._OwnStep.zero_grad': ('loop.html#_ownstep.zero_grad', 'cfext/loop.py'),
+                            'cfext.loop._Plan': ('loop.html#_plan', 'cfext/loop.py'),
+                            'cfext.loop._Plan.__init__': ('loop.html#_plan.__init__', 'cfext/loop.py'),
                             'cfext.loop._asks': ('loop.html#_asks', 'cfext/loop.py'),
                             'cfext.loop._fused_kind': ('loop.html#_fused_kind', 'cfext/loop.py'),
                             'cfext.loop._values': ('loop.html#_values', 'cfext/loop.py'),
