@@ -251,7 +251,7 @@ class _Replay:
             self.records = False
             print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
-# %% ../nbs/14g_many.ipynb #23ddc1f4
+# %% ../nbs/14g_many.ipynb #a325c13f
 @patch
 def _whole(self:_Together, rows, done, losses):
     "Run the full batches by steps that lie on the device; `done` is told of them"
@@ -293,10 +293,11 @@ def epoch(self:_Together, tick):
     finally:
         self.stack.give()
         self.adam.give()
-        for k,b in enumerate(books):
-            ran = b.done
-            b.losses[:ran] = losses[:ran,k]
-            b.close(plans[k], _OwnStep(self.learns[k].opt))
+        heard = losses.T.contiguous().cpu() # the one time that the host waits for the losses
+        for k,(l,b) in enumerate(zip(self.learns, books)):
+            ran,b.losses = b.done,heard[k]
+            b.close(plans[k], _OwnStep(l.opt))
+            if b.done: l.loss = losses[b.done-1,k]
             self.members[k].lost = b.done<ran # its NaN ended it
 
 # %% ../nbs/14g_many.ipynb #53a82617
