@@ -676,6 +676,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cfext.many._Together.signature': ('many.html#_together.signature', 'cfext/many.py'),
                             'cfext.many._Together.step': ('many.html#_together.step', 'cfext/many.py'),
                             'cfext.many._check_member': ('many.html#_check_member', 'cfext/many.py'),
+                            'cfext.many._go_on': ('many.html#_go_on', 'cfext/many.py'),
+                            'cfext.many._lent_random': ('many.html#_lent_random', 'cfext/many.py'),
                             'cfext.many._losses': ('many.html#_losses', 'cfext/many.py'),
                             'cfext.many._n_full': ('many.html#_n_full', 'cfext/many.py'),
                             'cfext.many._one_of': ('many.html#_one_of', 'cfext/many.py'),
