@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['fit_many']
 
-# %% ../nbs/14g_many.ipynb #752fe666
-import threading,time,warnings
+# %% ../nbs/14g_many.ipynb #10d8078a
+import gc,threading,time,warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -259,7 +259,7 @@ class _Replay:
             self.records = False
             print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
-# %% ../nbs/14g_many.ipynb #aa6716a6
+# %% ../nbs/14g_many.ipynb #564cfebe
 @patch
 def _whole(self:_Together, rows, done, losses):
     "Run the full batches by steps that lie on the device; `done` is told of them"
@@ -276,6 +276,24 @@ def _whole(self:_Together, rows, done, losses):
             for t in (self.adam.t,self.adam.count): t += ran
     return n
 
+@contextmanager
+def _no_search():
+    "Keep Python from searching for cycles inside a block: a tensor for each step and member is new, and none of it is to be freed"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
+@patch
+def _close(self:_Together, books, plans, losses):
+    heard = losses.T.contiguous().cpu() # the one time that the host waits for the losses
+    for m,l,b,plan,own,dev in zip(self.members, self.learns, books, plans, heard, losses.T):
+        ran,b.losses = b.done,own
+        b.close(plan, _OwnStep(l.opt))
+        if b.done: l.loss = dev[b.done-1]
+        m.lost = b.done<ran # its NaN ended it
+
 @patch
 def epoch(self:_Together, tick):
     "Run the training batches of an epoch, and leave each learner as its own loop would have"
@@ -283,7 +301,7 @@ def epoch(self:_Together, tick):
     with _lent_random(): rows = [_Rows(m) for m in self.members]
     counts = [len(r.cuts)-1 for r in rows]
     books = [_Books(l, n, self.device) for l,n in zip(self.learns, counts)]
-    plans = _plans(self.learns, counts)
+    with _no_search(): plans = _plans(self.learns, counts)
     for l,n in zip(self.learns, counts): l.n_iter = n
     self.stack.take()
     self.adam.lay_out(plans)
@@ -301,12 +319,7 @@ def epoch(self:_Together, tick):
     finally:
         self.stack.give()
         self.adam.give()
-        heard = losses.T.contiguous().cpu() # the one time that the host waits for the losses
-        for k,(l,b) in enumerate(zip(self.learns, books)):
-            ran,b.losses = b.done,heard[k]
-            b.close(plans[k], _OwnStep(l.opt))
-            if b.done: l.loss = losses[b.done-1,k]
-            self.members[k].lost = b.done<ran # its NaN ended it
+        with _no_search(): self._close(books, plans, losses)
 
 # %% ../nbs/14g_many.ipynb #53a82617
 def _start(learners, n, seed):
