@@ -4,7 +4,8 @@
 
 An epoch of one learner (its own fast loop) and an epoch of `fit_many` take turns; the ratio is that of their medians. Where both ran
 by kernels, the time of their steps is told apart from that of all the rest (schedules, bookkeeping, validation, callbacks). Then
-the weights of every third member after a whole fit are held against those of the same learner fitted alone."""
+the weights of every third member after a whole fit are held against those of the same learner fitted alone. The record is written
+before that, and again with the difference. The record of a GPU is a file of its own."""
 import argparse,statistics,sys,time
 from pathlib import Path
 
@@ -57,6 +58,8 @@ if __name__=='__main__':
     ap.add_argument('--epochs', type=int, default=1, help='of the fits that are held against each other')
     ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = ap.parse_args()
+    if args.n<2: ap.error(f'--n {args.n}: a model alone is what the others are held against, so there should be 2 or more')
+    if args.repeats<1: ap.error(f'--repeats {args.repeats}: there is nothing to take a median of, so there should be 1 or more')
     watch()
     df = read_ratings(data_dir('ml-100k'))
     def make(seed):
@@ -72,6 +75,7 @@ if __name__=='__main__':
         learns = [make(s) for s in range(n)]
         return timed(lambda: fit_many(learns, 1, 5e-3, wd=0.1), args.device)
     alone(0),many(args.n)
+    steps.clear() # of warming up
     res = []
     for _ in range(args.repeats):
         res.append((alone(0)[1], many(args.n)))
@@ -82,9 +86,12 @@ if __name__=='__main__':
     of = {k: [t for m,t in steps if m==k] for k in (1,args.n)}
     alone_s,many_s = (statistics.median(o) if o else None for o in of.values())
     if alone_s and many_s: print(f'of that steps by kernels: one {alone_s:.4f} s, {args.n} at once {many_s:.4f} s: {many_s/alone_s:.2f} times')
+    got = dict(device=args.device, n=args.n, one=one, many=all_, ratio=all_/one, pairs=res, ways=how, steps_one=alone_s, steps_many=many_s, epochs=args.epochs)
+    name = 'fit_many' if args.device=='cpu' else 'fit_many_gpu'
+    record(name, got)
     learns,worst = fit_many(make, args.epochs, 5e-3, n=args.n, wd=0.1),0.
     for s,l in list(enumerate(learns))[::3]:
         with no_random(s, reproducible=False): o,_ = alone(s, args.epochs)
         worst = max(worst, *((p-q).abs().max().item() for p,q in zip(l.model.parameters(), o.model.parameters())))
     print(f'largest difference of a weight after {args.epochs} epochs: {worst:.2e}')
-    record('fit_many', dict(device=args.device, n=args.n, one=one, many=all_, ratio=all_/one, pairs=res, ways=how, steps_one=alone_s, steps_many=many_s, largest_difference=worst, epochs=args.epochs))
+    record(name, dict(got, largest_difference=worst))

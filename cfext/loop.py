@@ -49,7 +49,7 @@ def _asks(learn):
     cbs = [cb for cb in learn.cbs.sorted('order') if cb.run and cb.run_train and (type(cb) in _asked or getattr(cb, 'on_device', False))]
     return {e: [getattr(cb, e) for cb in cbs if hasattr(cb, e)] for e in _device_events}
 
-# %% ../nbs/05_loop.ipynb #16fb1552
+# %% ../nbs/05_loop.ipynb #f18c79c8
 def _values(f, pcts):
     "The schedule `f` at each of `pcts`; the phases of fastai's `combine_scheds` are looked up all at once"
     if getattr(f, '__qualname__', '')!='combine_scheds.<locals>._inner': return [f(p) for p in pcts]
@@ -59,20 +59,25 @@ def _values(f, pcts):
     at = (pos-ends[i])/(ends[i+1]-ends[i])
     return [own['scheds'][j](p) for j,p in zip(i.tolist(), at.tolist())]
 
+class _Plan(list):
+    "What `lay_out` gives; `last` has what the last group of parameters gets: {hyper-parameter: [a value for each batch]}"
+    def __init__(self, n, cols):
+        super().__init__(dict(zip(cols, o)) for o in zip(*cols.values())) if cols else super().__init__([{}]*n)
+        self.last = {k: [v[-1] for v in vs] for k,vs in cols.items()}
+
 def lay_out(
     learn, # a `Learner` inside `fit`, before an epoch's batches
     n:int, # batches in the epoch
 )->list: # n rows: {hyper-parameter: [a value for each parameter group]}
     "Tabulate what the schedulers will set before each batch"
     scheds = [cb for cb in learn.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run]
-    if not scheds: return [{}]*n
     fs = {k:f for cb in scheds for k,f in cb.scheds.items()}
     pct,pcts,n_groups = learn.pct_train,[],len(learn.opt.hypers)
     for _ in range(n):
         pcts.append(pct)
         pct += 1./(n*learn.n_epoch)
-    cols = {k: [list(v) if is_iter(v) else [v]*n_groups for v in _values(f, pcts)] for k,f in fs.items()}
-    return [dict(zip(cols, o)) for o in zip(*cols.values())]
+    cols = {k: [list(v) if type(v) is not float and is_iter(v) else [v]*n_groups for v in _values(f, pcts)] for k,f in fs.items()}
+    return _Plan(n, cols)
 
 # %% ../nbs/05_loop.ipynb #acf88418
 def _fused_kind(opt):
@@ -159,7 +164,7 @@ class _Books:
         self.prog.pbar.update(self.done)
         if self.smoothed: self.prog.pbar.comment = f'{self.smoothed[-1]:.4f}'
 
-# %% ../nbs/05_loop.ipynb #7d9d36b1
+# %% ../nbs/05_loop.ipynb #d2d23820
 @patch
 def close(self:_Books, rows, stepper):
     "Leave recorder, schedulers, optimizer and learner as after `done` batches of fastai's loop"
@@ -168,15 +173,17 @@ def close(self:_Books, rows, stepper):
     if self.rec is not None:
         with suppress(CancelFitException): self.smooth()
     done = self.done
-    lrs = [r['lr'][-1] if 'lr' in r else opt.hypers[-1]['lr'] for r in rows[:done]]
+    lrs = rows.last['lr'][:done] if 'lr' in rows.last else [opt.hypers[-1]['lr']]*done
     if done:
         for k,vs in rows[done-1].items():
             for h,v in zip(opt.hypers, vs): h[k] = v
         learn.loss = self.losses[done-1]
     for cb in learn.cbs:
         if isinstance(cb, ParamScheduler) and cb.run:
-            for k in cb.scheds: cb.hps[k] += [r[k][-1] for r in rows[:done]]
-    for _ in range(done): learn.pct_train += 1./(self.n*learn.n_epoch)
+            for k in cb.scheds: cb.hps[k] += rows.last[k][:done]
+    pct,step = learn.pct_train,1./(self.n*learn.n_epoch)
+    for _ in range(done): pct += step # as fastai adds them up
+    learn.pct_train = pct
     learn.train_iter += done
     learn.iter = done-1
     if self.rec is not None:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['fit_many']
 
-# %% ../nbs/14g_many.ipynb #752fe666
-import threading,time,warnings
+# %% ../nbs/14g_many.ipynb #10d8078a
+import gc,threading,time,warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -58,17 +58,21 @@ class _Member:
         if self.stopping: raise _Stopped
         if self.lost: raise CancelFitException()
 
-# %% ../nbs/14g_many.ipynb #05c52900
+# %% ../nbs/14g_many.ipynb #f81c85bf
+@contextmanager
+def _lent_random():
+    "Let members draw from random numbers of their own inside a block, one after another; those of the caller stay as they are"
+    outer = get_random_states()
+    try: yield
+    finally: set_random_states(**outer)
+
 @patch
 @contextmanager
 def random(self:_Member):
-    "Draw from the member's own random numbers inside a block"
-    outer = get_random_states()
+    "Draw from the member's own random numbers inside a block, which is in one of `_lent_random`"
     set_random_states(**self.rng)
     try: yield
-    finally:
-        self.rng = get_random_states()
-        set_random_states(**outer)
+    finally: self.rng = get_random_states()
 
 @patch
 def run(self:_Member):
@@ -78,6 +82,10 @@ def run(self:_Member):
         self.back.acquire()
     if self.err is not None: raise self.err
     return not self.done
+
+def _go_on(members):
+    "Bring all to their next epoch's batches, or to the end; those that have an epoch to train"
+    with _lent_random(): return [m for m in members if not m.done and m.run()]
 
 @patch
 def stop(self:_Member):
@@ -251,7 +259,7 @@ class _Replay:
             self.records = False
             print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
-# %% ../nbs/14g_many.ipynb #60a000f9
+# %% ../nbs/14g_many.ipynb #564cfebe
 @patch
 def _whole(self:_Together, rows, done, losses):
     "Run the full batches by steps that lie on the device; `done` is told of them"
@@ -265,17 +273,35 @@ def _whole(self:_Together, rows, done, losses):
             for ran in ds.run([rows[0].bs]*n): done(ran, ks, ds.losses.T)
         finally:
             losses[:ran] = ds.losses.T[:ran]
-            self.adam.t += ran
+            for t in (self.adam.t,self.adam.count): t += ran
     return n
+
+@contextmanager
+def _no_search():
+    "Keep Python from searching for cycles inside a block: a tensor for each step and member is new, and none of it is to be freed"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
+@patch
+def _close(self:_Together, books, plans, losses):
+    heard = losses.T.contiguous().cpu() # the one time that the host waits for the losses
+    for m,l,b,plan,own,dev in zip(self.members, self.learns, books, plans, heard, losses.T):
+        ran,b.losses = b.done,own
+        b.close(plan, _OwnStep(l.opt))
+        if b.done: l.loss = dev[b.done-1]
+        m.lost = b.done<ran # its NaN ended it
 
 @patch
 def epoch(self:_Together, tick):
     "Run the training batches of an epoch, and leave each learner as its own loop would have"
     self.way = self.way or self.pick()
-    rows = [_Rows(m) for m in self.members]
+    with _lent_random(): rows = [_Rows(m) for m in self.members]
     counts = [len(r.cuts)-1 for r in rows]
     books = [_Books(l, n, self.device) for l,n in zip(self.learns, counts)]
-    plans = _plans(self.learns, counts)
+    with _no_search(): plans = _plans(self.learns, counts)
     for l,n in zip(self.learns, counts): l.n_iter = n
     self.stack.take()
     self.adam.lay_out(plans)
@@ -293,11 +319,7 @@ def epoch(self:_Together, tick):
     finally:
         self.stack.give()
         self.adam.give()
-        for k,b in enumerate(books):
-            ran = b.done
-            b.losses[:ran] = losses[:ran,k]
-            b.close(plans[k], _OwnStep(self.learns[k].opt))
-            self.members[k].lost = b.done<ran # its NaN ended it
+        with _no_search(): self._close(books, plans, losses)
 
 # %% ../nbs/14g_many.ipynb #53a82617
 def _start(learners, n, seed):
@@ -333,7 +355,7 @@ class _Bar:
             self.bar = progress_bar(range(learn.n_epoch*len(learn.dl)), leave=False)
             self.bar.update(0)
 
-# %% ../nbs/14g_many.ipynb #334b92b7
+# %% ../nbs/14g_many.ipynb #93e20c8d
 def fit_many(
     learners, # learners of one shape, or a function (seed) -> such a learner
     *args, # what each learner's `fit` takes, the same for all: epochs, learning rate
@@ -353,7 +375,7 @@ def fit_many(
     members = [_Member(l, partial(getattr(l, fit), *args, **{**kwargs, **e}), r) for l,e,r in zip(learns, each, rngs)]
     together = None
     try:
-        while live := [m for m in members if not m.done and m.run()]:
+        while live := _go_on(members):
             if together is None or not together.goes_on(live): together = _Together(live)
             bar.size(live[0].learn)
             together.epoch(bar)

@@ -70,7 +70,7 @@ class Stacked:
         "Cut out what is one model's"
         return T[k,:self.models[k].get_parameter(name).shape[0]] if name in self.tables else T[k]
 
-# %% ../nbs/14f_stacked.ipynb #69da789f
+# %% ../nbs/14f_stacked.ipynb #dbc6f4bc
 @patch
 def rooms(self:Stacked)->Rooms: # zeros
     "Make room for the parameters of all models; those of dot products lie model by model, factors and then biases"
@@ -83,20 +83,21 @@ def rooms(self:Stacked)->Rooms: # zeros
     return res
 
 @patch
-def take(self:Stacked):
-    "Read the models"
-    for k,m in enumerate(self.models):
-        with torch.no_grad():
-            for n,p in m.named_parameters(): self.part(n, self.P[n], k).copy_(p)
-            for n,b in m.named_buffers(): self.part(n, self.B[n], k).copy_(b)
+def _pairs(self:Stacked):
+    "What lies here of all models, and what it is a copy of"
+    return zip(*((self.part(n, T[n], k), t) for k,m in enumerate(self.models) for T,ts in ((self.P,m.named_parameters()),(self.B,m.named_buffers())) for n,t in ts))
 
 @patch
+@torch.no_grad()
+def take(self:Stacked):
+    "Read the models"
+    torch._foreach_copy_(*map(list, self._pairs()))
+
+@patch
+@torch.no_grad()
 def give(self:Stacked):
     "Write the models"
-    for k,m in enumerate(self.models):
-        with torch.no_grad():
-            for n,p in m.named_parameters(): p.copy_(self.part(n, self.P[n], k))
-            for n,b in m.named_buffers(): b.copy_(self.part(n, self.B[n], k))
+    torch._foreach_copy_(*reversed(list(map(list, self._pairs()))))
 
 # %% ../nbs/14f_stacked.ipynb #dea96e40
 @patch
@@ -170,7 +171,7 @@ def clear(self:Stacked):
     self.G.flat.view(-1, rows.shape[2]).index_fill_(0, at[0], 0)
     if 'user_bias' in self.G: self.G.flat.view(-1).index_fill_(0, at[1], 0)
 
-# %% ../nbs/14f_stacked.ipynb #6257a1e0
+# %% ../nbs/14f_stacked.ipynb #581eceaf
 _hypers = ('lr','mom','sqr_mom','wd','eps')
 
 class StackedAdam:
@@ -188,7 +189,8 @@ class StackedAdam:
             for key in sorted({self._key(n) for n in ns}, reverse=True): self.groups.append((g, key[0], [n for n in ns if self._key(n)==key]))
         self.names = [n for _,_,ns in self.groups for n in ns]
         self.m,self.v = stack.rooms(),stack.rooms()
-        self.t = torch.zeros(len(stack), len(self.names), device=first(stack.P.values()).device) # steps taken
+        self.count = np.zeros((len(stack), len(self.names)), int) # steps taken, on the host
+        self.t = torch.zeros(self.count.shape, device=first(stack.P.values()).device) # and on the device
         self.one = stack.dot and len(self.groups)==1 and len(self.names)==len(stack.P) # does all of it lie in one piece?
         self.kept = {}
     def _key(self, name):
@@ -202,23 +204,29 @@ class StackedAdam:
 @patch
 def take(self:StackedAdam):
     "Read the optimizers' states"
-    t = torch.zeros(self.t.shape)
+    old,new = [],[]
     for k,j,n,s in self._states():
         for key,T in (('grad_avg',self.m),('sqr_avg',self.v)):
             part = self.stack.part(n, T[n], k)
-            part.copy_(s[key]) if key in s else part.zero_()
-        t[k,j] = float(s.get('step', 0))
-    self.t.copy_(t)
+            old.append((part, s[key])) if key in s else new.append(part)
+        self.count[k,j] = int(s.get('step', 0))
+    if old: torch._foreach_copy_(*map(list, zip(*old)))
+    if new: torch._foreach_zero_(new)
+    self.t.copy_(torch.from_numpy(self.count))
 
 @patch
 def give(self:StackedAdam):
     "Write the optimizers' states"
-    t = self.t.tolist()
+    parts,own = [],[]
     for k,j,n,s in self._states():
-        for key,T in (('grad_avg',self.m),('sqr_avg',self.v)): s[key] = self.stack.part(n, T[n], k).clone()
-        s['step'] = int(t[k][j])
+        for key,T in (('grad_avg',self.m),('sqr_avg',self.v)):
+            parts.append(self.stack.part(n, T[n], k))
+            s[key] = torch.empty_like(parts[-1])
+            own.append(s[key])
+        s['step'] = int(self.count[k,j])
+    if own: torch._foreach_copy_(own, parts)
 
-# %% ../nbs/14f_stacked.ipynb #ec52e05f
+# %% ../nbs/14f_stacked.ipynb #355e7ef9
 @patch
 def lay_out(self:StackedAdam,
     rows:list, # for each model: hyper-parameters of each step, as `lay_out` gives them
@@ -226,7 +234,7 @@ def lay_out(self:StackedAdam,
     "Take the schedules of an epoch, and the state of the optimizers before it"
     self.take()
     self.rows = rows
-    alike = bool((self.t==self.t[0]).all()) and all(o.hypers==self.opts[0].hypers for o in self.opts)
+    alike = bool((self.count==self.count[0]).all()) and all(o.hypers==self.opts[0].hypers for o in self.opts)
     others = [r for r in rows if r is not rows[0]]
     self.same = [alike and all(r[i:i+1]==rows[0][i:i+1] for r in others) for i in range(max(map(len, rows)))]
 
@@ -256,7 +264,7 @@ def step(self:StackedAdam,
     ks:range, # models that step
 ):
     "Step models by PyTorch's fused kernel"
-    self.t[ks.start:ks.stop] += 1
+    for t in (self.t,self.count): t[ks.start:ks.stop] += 1
     at_once = self.same[i] and (self.one or not self.stack.dot) # the kernel wants tensors without gaps
     for a,b in [(ks.start,ks.stop)] if at_once else [(k,k+1) for k in ks]:
         hs = self.hypers(i, a)
@@ -264,18 +272,18 @@ def step(self:StackedAdam,
             h = hs[g]
             self.kernel(*ts, lr=h['lr'], beta1=h['mom'], beta2=h['sqr_mom'], weight_decay=h['wd'] if wd else 0., eps=h['eps'], amsgrad=False, maximize=False)
 
-# %% ../nbs/14f_stacked.ipynb #60f08456
+# %% ../nbs/14f_stacked.ipynb #107f107f
 @patch
 def tables(self:StackedAdam,
     n:int, # steps
 )->Tensor: # (K, n, groups, columns of `TensorStep`) float32 on the device
     "Work out the numbers that each of the epoch's first steps needs"
     K = 1 if all(self.same[:n]) else len(self.stack)
-    t,res,j = self.t.cpu().double().numpy(),np.zeros((K, n, len(self.groups), len(TensorStep.columns))),0
+    res,j = np.zeros((K, n, len(self.groups), len(TensorStep.columns))),0
     for q,(g,wd,ns) in enumerate(self.groups):
         for k,(r,o) in enumerate(zip(self.rows[:K], self.opts)):
             lr,mom,sqr,dec,eps = (np.array([s[h][g] for s in r[:n]]) if h in r[0] else np.full(n, o.hypers[g][h]) for h in _hypers)
-            count,dec = t[k,j]+1+np.arange(n),dec*wd
+            count,dec = self.count[k,j]+1+np.arange(n),dec*wd
             res[k,:,q] = np.stack([1-lr*dec, dec, mom, 1-mom, sqr, 1-sqr, lr/(1-mom**count), 1-sqr**count, eps, lr], 1)
         j += len(ns)
     return torch.tensor(res, dtype=torch.float32, device=self.t.device).expand(len(self.stack), -1, -1, -1).contiguous()
@@ -285,7 +293,7 @@ def step_on_device(self:StackedAdam,
     tables:Tensor, # from `tables`
     i:Tensor, # (1,) long: which step
 ):
-    "Step all models without asking the host; `t` is left to the caller"
+    "Step all models without asking the host; counting is left to the caller"
     S = self.stack
     for row,(_,wd,ns) in zip(tables.index_select(1, i)[:,0].unbind(1), self.groups):
         for n in [None] if self.one else ns:

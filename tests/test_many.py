@@ -1,5 +1,5 @@
 "Many learners fitted together: each against the same learner fitted alone"
-import re,threading
+import gc,re,threading
 from functools import partial
 
 import numpy as np,pandas as pd,pytest,torch
@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from cfext import *
 from cfext.many import _Replay,_Rows,_pieces
+from cfext.stacked import Stacked,StackedAdam
 
 pytestmark = pytest.mark.usefixtures('quiet')
 df = synth_ratings(60, 40, 1000)
@@ -149,6 +150,38 @@ def test_early_stopping_of_one():
     learns = fit_many(mk, 3, 0.02, n=3)
     assert [len(l.recorder.values) for l in learns]==[3,2,3]
     for s in range(3): same(learns[s], alone(mk, s, 3, 0.02))
+
+class Moves(TorchDispatchMode):
+    "Counts the calls that move numbers"
+    names,n = 'copy_ clone zero_ fill_ _foreach_copy_ _foreach_zero_ _to_copy'.split(),0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func._schema.name.split('::')[1] in self.names
+        return func(*args, **(kwargs or {}))
+
+def test_as_few_copies_for_many_as_for_few():
+    def moves(n):
+        learns = fit_many(make, 1, 0.02, n=n)
+        stack = Stacked([l.model for l in learns])
+        adam = StackedAdam(stack, [l.opt for l in learns])
+        with Moves() as count:
+            for o in (stack,adam): o.take()
+            for o in (stack,adam): o.give()
+        for s,l in enumerate(learns): same(l, alone(make, s, 1, 0.02))
+        return count.n
+    assert moves(2)==moves(5)<8
+
+class LastLoss(Callback):
+    def after_train(self): self.seen = [*getattr(self, 'seen', []), self.loss.item()]
+
+def test_last_loss_and_the_search_for_cycles():
+    mk = lambda s: make(s, cbs=LastLoss())
+    for on in (False,True):
+        (gc.enable if on else gc.disable)()
+        try:
+            learns = fit_many(mk, 2, 0.02, n=3)
+            assert gc.isenabled()==on
+        finally: gc.enable()
+    for s,l in enumerate(learns): np.testing.assert_allclose(l.last_loss.seen, alone(mk, s, 2, 0.02).last_loss.seen, atol=1e-5)
 
 def test_members_own_their_memory():
     a,b = fit_many(make, 1, 0.02, n=2)
