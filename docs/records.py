@@ -290,7 +290,7 @@ def fit_many(d):
     v.parts.append(chart([Row('one model', [o[0] for o in d['pairs']]), Row(f'{n} models, one after another', [n*o[0] for o in d['pairs']], note='worked out from the first'), Row(f'{n} models with fit_many', [o[1] for o in d['pairs']], ours=True)],
                          f'An epoch of MovieLens 100K, 64 rows a batch, on {d.get("device")}', 'seconds', bars=True, less=True))
     v.held.append(Held(f'seconds for {n} models', d.get('many'), n*d['one'], 'one after another', time=True))
-    v.short.append(f'The largest difference of any weight from a fit alone, after {d.get("epochs")} epoch(s): {num(d.get("largest_difference"), 2)}.')
+    if is_num(d.get('largest_difference')): v.short.append(f'The largest difference of any weight from a fit alone, after {d.get("epochs")} epoch(s): {num(d.get("largest_difference"), 2)}.')
     return v
 
 def newcomers(d):
