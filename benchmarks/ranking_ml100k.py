@@ -51,7 +51,7 @@ def judge(dls, model):
 def dot(dls, seed, loss, neg, lr, epochs, wd=0., a=0., n_factors=64, model='dot'):
     ds,u = dls.train_ds,dls.train_ds.x[:,0].long()
     ds.w = torch.bincount(u)[u].float()**-a if a else None
-    dls.train.by_user = isinstance(loss, FullSoftmaxLoss)
+    dls.train.by_user = model is CosineProduct
     learn = cf_learner(dls, model, n_factors=n_factors, loss_func=loss, cbs=Negatives(**neg, seed=seed), seed=seed, unk_p=0)
     with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(epochs, lr, wd=wd)
     ds.w,dls.train.by_user = None,False

@@ -293,7 +293,7 @@ def _split_mask(df, splitter, valid_pct, seed):
     if (train&valid).any(): raise ValueError(f"`splitter` puts {int((train&valid).sum())} rows into both training and validation")
     return train,valid
 
-# %% ../nbs/01b_data.ipynb #b3931dc6
+# %% ../nbs/01b_data.ipynb #940b8e22
 def _fits(dss, device):
     "Do the rows of `dss` take at most half of what is free on the device?"
     if torch.device(device).type!='cuda': return True
@@ -319,7 +319,7 @@ class CFDataLoaders(DataLoaders):
         bs:int=64, # rows a training batch
         val_bs:int|None=None, # rows a validation batch; `None`: `bs`, and 8,192 at the least
         drop_last:bool=False, # leave out a last, short training batch?
-        by_user:bool=False, # shuffle users rather than training rows? `FullSoftmaxLoss` is then several times faster
+        by_user:bool=False, # shuffle users rather than training rows? an epoch of `FullSoftmaxLoss` is then several times faster, and moves each user once
         device=None, # where the rows lie and the model trains; `None`: fastai's `default_device()`
         resident:bool|None=None, # keep all rows on the device? False: in host memory, sent a block ahead; `None`: if they take at most half of its free memory
     ):
