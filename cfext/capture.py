@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['opt_kind', 'step_columns', 'TensorStep', 'StepGraph', 'capture_hurdle', 'captured_epoch']
 
-# %% ../nbs/05a_capture.ipynb #b0b21635
+# %% ../nbs/05a_capture.ipynb #1c956299
 import math,time
 from contextlib import contextmanager
 from functools import partial
 
-import torch
+import numpy as np,torch
 from torch import Tensor
 from fastai.callback.core import *
 from fastai.callback.fp16 import MixedPrecision
@@ -20,9 +20,9 @@ from fastai.optimizer import (adam_step,average_grad,average_sqr_grad,l2_reg,mom
 from fastcore.all import *
 from .core import *
 from .data import *
-from .loop import _asks,_Books,lay_out
+from .loop import _asks,_Books,_Plan,lay_out
 
-# %% ../nbs/05a_capture.ipynb #a9e3a299
+# %% ../nbs/05a_capture.ipynb #806b226d
 _steps = {weight_decay:'decay', l2_reg:'l2', average_sqr_grad:'sqr', step_stat:'count', sgd_step:'sgd', momentum_step:'momentum',
           rms_prop_step:'rms', adam_step:'adam'}
 
@@ -40,15 +40,16 @@ def opt_kind(
     return tuple(res)
 
 def step_columns(
-    hyper:dict, # {name: value} of one parameter group at one step
-    count:int, # steps that the group has taken, this one counted
-)->tuple: # (keep, wd, mom, damp, sqr_mom, sqr_damp, size, sqr_size, eps), floats
-    "Work out the numbers that one step needs"
+    hyper:dict, # {name: value, or values (n,)} of one parameter group
+    count, # steps that the group has taken, this one counted; one number, or (n,)
+)->np.ndarray: # (10,) or (n,10): keep, wd, mom, damp, sqr_mom, sqr_damp, size, sqr_size, eps, lr
+    "Work out the numbers that one step needs, or `n` steps"
     h = {**dict(wd=0., mom=0., sqr_mom=0., eps=0.), **hyper}
-    lr,mom,sqr = float(h['lr']),float(h['mom']),float(h['sqr_mom'])
-    return 1-lr*h['wd'],h['wd'],mom,1-mom,sqr,1-sqr,lr/(1-mom**count) if mom<1 else lr,1-sqr**count if sqr<1 else 1.,h['eps'],lr
+    lr,wd,mom,sqr,eps,count = np.broadcast_arrays(*(np.asarray(h[k], float) for k in ('lr','wd','mom','sqr_mom','eps')), count)
+    size,sqr_size = lr/np.where(mom<1, 1-mom**count, 1.),np.where(sqr<1, 1-sqr**count, 1.)
+    return np.stack([1-lr*wd, wd, mom, 1-mom, sqr, 1-sqr, size, sqr_size, eps, lr], -1)
 
-# %% ../nbs/05a_capture.ipynb #2a865eab
+# %% ../nbs/05a_capture.ipynb #d704a3e1
 class TensorStep:
     "Steps a fastai optimizer with numbers that lie on the device"
     columns = 'keep wd mom damp sqr_mom sqr_damp size sqr_size eps lr'.split()
@@ -67,13 +68,13 @@ class TensorStep:
         s = self.opt.state[p]
         return int(s.get('step', 0)),bool(s.get('do_wd', True))
     def table(self,
-        rows:list, # hyper-parameters of each step, as `lay_out` gives them
+        plan, # hyper-parameters of each step, as `lay_out` gives them
         device=None, # where the table should lie
     )->Tensor: # (steps, groups, columns) float32
         "Work out the numbers of all steps of an epoch"
-        hypers = self.opt.hypers
-        res = [[step_columns({**hypers[g], **{k:v[g] for k,v in r.items()}}, n+i+1) for g,n,*_ in self.groups] for i,r in enumerate(rows)]
-        return torch.tensor(res, dtype=torch.float32, device=device).view(len(rows), len(self.groups), len(self.columns))
+        steps = np.arange(len(plan))+1
+        res = [step_columns({**self.opt.hypers[g], **{k: v[:,g] for k,v in plan.cols.items()}}, n+steps) for g,n,*_ in self.groups]
+        return torch.from_numpy(np.stack(res, 1)).float().to(device)
     def sync(self):
         "Write the step counts to the optimizer's state: `done` more, where there was a gradient"
         if 'count' not in self.kind: return
@@ -112,7 +113,7 @@ def step(self:TensorStep,
         get = lambda k: [state[p][k] for p in ps if k in state[p]]
         if ps: apply(self.kind, do_wd, [p.data for p in ps], [p.grad.data for p in ps], get('grad_avg'), get('sqr_avg'), r)
 
-# %% ../nbs/05a_capture.ipynb #8797c671
+# %% ../nbs/05a_capture.ipynb #5a1743f0
 class StepGraph:
     "A training step that finds its rows and its numbers on the device"
     def __init__(self,
@@ -124,11 +125,11 @@ class StepGraph:
         self.order = torch.zeros(len(self.ds), dtype=torch.long, device=dev)
         self.span,self.i = torch.arange(self.bs, device=dev),torch.zeros(1, dtype=torch.long, device=dev)
         self.losses,self.nums = torch.zeros(len(dl), device=dev),None
-    def load(self, rows):
+    def load(self, plan):
         "Take over an epoch's order and numbers"
         had,self.stepper = self.stepper.stepped,TensorStep(self.learn.opt)
         if self.graph is not None: self.stepper.stepped = had
-        nums = self.stepper.table(rows, self.i.device)
+        nums = self.stepper.table(plan, self.i.device)
         if self.nums is None: self.nums = nums
         else: self.nums.copy_(nums)
         self.order.copy_(torch.as_tensor(self.learn.dl.get_idxs()))
@@ -192,7 +193,7 @@ def _captured(learn):
     learn._step_graph = StepGraph(learn)
     return learn._step_graph
 
-# %% ../nbs/05a_capture.ipynb #9552b518
+# %% ../nbs/05a_capture.ipynb #5c18cb88
 @contextmanager
 def _aside(device):
     "Run a block on a stream of its own, where the device is a GPU"
@@ -211,8 +212,8 @@ def captured_epoch(
     "Train on the batches of `learn.dl` by replaying one captured step"
     cuts = learn.dl.bounds()
     n = learn.n_iter = len(cuts)-1
-    rows,sg = lay_out(learn, n),_captured(learn)
-    sg.load(rows)
+    plan,sg = lay_out(learn, n),_captured(learn)
+    sg.load(plan)
     books = _Books(learn, n, learn.dls.device)
     books.losses,n_whole = sg.losses,sum(b-a==sg.bs for a,b in zip(cuts, cuts[1:]))
     try:
@@ -225,7 +226,7 @@ def captured_epoch(
                 if record and sg.graph is None and n_warm<=i+1<n_whole-1: record = _try(sg)
                 books.tick()
             books.tick(last=True)
-    finally: books.close(rows, sg.stepper)
+    finally: books.close(plan, sg.stepper)
 
 def _try(sg):
     "Record the step; say so once if it can't be done, and go on without"

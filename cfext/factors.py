@@ -244,7 +244,7 @@ def row_blocks(
         for cb in cbs: cb.on_rows(b)
         yield cuts,*b.x.T.contiguous().unbind(),b.y[:,0],b.scale
 
-# %% ../nbs/05c_factors.ipynb #5cb4a897
+# %% ../nbs/05c_factors.ipynb #894f03d2
 @contextmanager
 def _lent(grad):
     "Let the parameters' gradients be those of `grad` for a while"
@@ -281,13 +281,13 @@ def factor_epoch(
     "Train on the batches of `learn.dl` with the numbers of fastai's loop, by gradients that are written out"
     dl,hypers,kind = learn.dl,learn.opt.hypers,_grads.get(type(learn.loss_func))
     n = learn.n_iter = len(dl)
-    rows,stepper,grad = lay_out(learn, n),FusedAdam(learn.opt),kind(learn.model, learn.loss_func) if kind else FactorGrad(learn.model)
+    plan,stepper,grad = lay_out(learn, n),FusedAdam(learn.opt),kind(learn.model, learn.loss_func) if kind else FactorGrad(learn.model)
     books = _Books(learn, n, learn.dls.device)
     dl.before_iter()
     try:
         with _lent(grad):
             for i,batch in enumerate((_ranked if kind is PairGrad else _rated)(learn)):
-                for k,vs in rows[i].items():
+                for k,vs in plan[i].items():
                     for h,v in zip(hypers, vs): h[k] = v
                 books.losses[i] = grad(*batch)
                 stepper.step(hypers)
@@ -295,4 +295,4 @@ def factor_epoch(
                 books.tick()
             books.tick(last=True)
         dl.after_iter()
-    finally: books.close(rows, stepper)
+    finally: books.close(plan, stepper)

@@ -239,7 +239,7 @@ def load(self:KernelSteps,
             if self.w is not None: self.w[k,a:b] = 1. if w is None else w
             a = b
 
-# %% ../nbs/05d_kernels.ipynb #5a5b66c1
+# %% ../nbs/05d_kernels.ipynb #9e0a426c
 def kernel_epoch(
     learn, # a `Learner` inside `fit`, for which `kernel_hurdle` is None
     per:int=32, # steps in a recording; 0: no recording
@@ -247,9 +247,9 @@ def kernel_epoch(
     "Train on the batches of `learn.dl` by two kernels a step, recorded and replayed"
     cuts = learn.dl.bounds()
     n = learn.n_iter = len(cuts)-1
-    rows,stepper = lay_out(learn, n),TensorStep(learn.opt)
+    plan,stepper = lay_out(learn, n),TensorStep(learn.opt)
     ks = _steps(learn, stepper)
-    ks.load(stepper.table(rows, ks.at.device)[None], row_blocks(learn))
+    ks.load(stepper.table(plan, ks.at.device)[None], row_blocks(learn))
     stepper.stepped = {p for *_,ps in stepper.groups for p in ps}
     books = _Books(learn, n, learn.dls.device)
     books.losses = ks.losses[0]
@@ -258,4 +258,4 @@ def kernel_epoch(
             books.done = stepper.done = i
             books.tick()
         books.tick(last=True)
-    finally: books.close(rows, stepper)
+    finally: books.close(plan, stepper)

@@ -63,7 +63,7 @@ class RowWeights(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
-# %% ../nbs/06_learner.ipynb #b8b8aed4
+# %% ../nbs/06_learner.ipynb #a6e8eb1a
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
     mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
@@ -81,7 +81,8 @@ class CFLearner(Learner):
         self._told.append(what)
         print(what)
     def all_batches(self):
-        if not self.training or self.fast is False: return super().all_batches()
+        if self.fast is False: return super().all_batches()
+        if not self.training: return lean_validate(self) if self._is_plain() and not batch_needs(self, training=False) else super().all_batches()
         why = ', '.join(f"{n} ({' '.join(e)})" for n,e in batch_needs(self).items())
         if why and self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
         try:
@@ -89,6 +90,9 @@ class CFLearner(Learner):
             self._tell(f"fastai's loop runs, since these callbacks act on each batch: {why}")
             super().all_batches()
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
+    def _is_plain(self):
+        "Are batches rows that lie where the model lies?"
+        return type(self.dl) is ResidentDL and self.dl.device==next(self.model.parameters()).device
     def _fast_epoch(self):
         if torch.device(self.dls.device).type!='cuda' or self.no_capture: return (lean_epoch if factor_hurdle(self) else factor_epoch)(self)
         from cfext.kernels import kernel_hurdle,kernel_epoch,kernel_ready

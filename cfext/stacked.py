@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_alike', 'Rooms', 'Stacked', 'StackedAdam']
 
-# %% ../nbs/14f_stacked.ipynb #6503d0ce
+# %% ../nbs/14f_stacked.ipynb #8ad044ac
 import numpy as np,torch
 from torch import Tensor
 from torch.func import functional_call,vmap
@@ -13,7 +13,7 @@ from fastcore.all import *
 from .core import *
 from .models import *
 from .loop import _fused_kind
-from .capture import TensorStep
+from .capture import TensorStep,step_columns
 
 # %% ../nbs/14f_stacked.ipynb #fd0e6ef7
 _own = ('n_users','n_items','user_sz','item_sz','mean','init') # settings that models of one shape may differ in
@@ -171,9 +171,7 @@ def clear(self:Stacked):
     self.G.flat.view(-1, rows.shape[2]).index_fill_(0, at[0], 0)
     if 'user_bias' in self.G: self.G.flat.view(-1).index_fill_(0, at[1], 0)
 
-# %% ../nbs/14f_stacked.ipynb #581eceaf
-_hypers = ('lr','mom','sqr_mom','wd','eps')
-
+# %% ../nbs/14f_stacked.ipynb #83851f52
 class StackedAdam:
     "fastai's `Adam` of K learners, on the parameters of a `Stacked`"
     def __init__(self,
@@ -226,17 +224,20 @@ def give(self:StackedAdam):
         s['step'] = int(self.count[k,j])
     if own: torch._foreach_copy_(own, parts)
 
-# %% ../nbs/14f_stacked.ipynb #355e7ef9
+# %% ../nbs/14f_stacked.ipynb #f5dad52d
 @patch
 def lay_out(self:StackedAdam,
-    rows:list, # for each model: hyper-parameters of each step, as `lay_out` gives them
+    plans:list, # for each model: hyper-parameters of each step, as `lay_out` gives them
 ):
     "Take the schedules of an epoch, and the state of the optimizers before it"
     self.take()
-    self.rows = rows
-    alike = bool((self.count==self.count[0]).all()) and all(o.hypers==self.opts[0].hypers for o in self.opts)
-    others = [r for r in rows if r is not rows[0]]
-    self.same = [alike and all(r[i:i+1]==rows[0][i:i+1] for r in others) for i in range(max(map(len, rows)))]
+    self.plans,p0 = plans,plans[0]
+    alike = bool((self.count==self.count[0]).all()) and all(o.hypers==self.opts[0].hypers for o in self.opts) and all(p.cols.keys()==p0.cols.keys() for p in plans)
+    self.same = np.full(max(map(len, plans)), alike) # are a step's numbers those of all models?
+    for p in plans if alike else ():
+        n = min(len(p), len(p0))
+        self.same[n:] &= len(p)==len(p0)
+        for k,v in p.cols.items(): self.same[:n] &= (v[:n]==p0.cols[k][:n]).all(1)
 
 @patch
 def hypers(self:StackedAdam,
@@ -244,7 +245,7 @@ def hypers(self:StackedAdam,
     k:int, # model
 )->list: # a dict for each group of parameters
     "Return one model's hyper-parameters at a step"
-    return [{**h, **{n: vs[g] for n,vs in self.rows[k][i].items()}} for g,h in enumerate(self.opts[k].hypers)]
+    return [{**h, **{n: vs[g] for n,vs in self.plans[k][i].items()}} for g,h in enumerate(self.opts[k].hypers)]
 
 @patch
 def _lists(self:StackedAdam, a, b):
@@ -272,21 +273,20 @@ def step(self:StackedAdam,
             h = hs[g]
             self.kernel(*ts, lr=h['lr'], beta1=h['mom'], beta2=h['sqr_mom'], weight_decay=h['wd'] if wd else 0., eps=h['eps'], amsgrad=False, maximize=False)
 
-# %% ../nbs/14f_stacked.ipynb #107f107f
+# %% ../nbs/14f_stacked.ipynb #575d9e30
 @patch
 def tables(self:StackedAdam,
     n:int, # steps
 )->Tensor: # (K, n, groups, columns of `TensorStep`) float32 on the device
     "Work out the numbers that each of the epoch's first steps needs"
-    K = 1 if all(self.same[:n]) else len(self.stack)
-    res,j = np.zeros((K, n, len(self.groups), len(TensorStep.columns))),0
+    K = 1 if self.same[:n].all() else len(self.stack)
+    res,j = np.zeros((K, n, len(self.groups), len(TensorStep.columns)), np.float32),0
     for q,(g,wd,ns) in enumerate(self.groups):
-        for k,(r,o) in enumerate(zip(self.rows[:K], self.opts)):
-            lr,mom,sqr,dec,eps = (np.array([s[h][g] for s in r[:n]]) if h in r[0] else np.full(n, o.hypers[g][h]) for h in _hypers)
-            count,dec = self.count[k,j]+1+np.arange(n),dec*wd
-            res[k,:,q] = np.stack([1-lr*dec, dec, mom, 1-mom, sqr, 1-sqr, lr/(1-mom**count), 1-sqr**count, eps, lr], 1)
+        for k,(p,o) in enumerate(zip(self.plans[:K], self.opts)):
+            h = {**o.hypers[g], **{c: v[:n,g] for c,v in p.cols.items()}}
+            res[k,:,q] = step_columns({**h, 'wd':h['wd']*wd}, self.count[k,j]+1+np.arange(n))
         j += len(ns)
-    return torch.tensor(res, dtype=torch.float32, device=self.t.device).expand(len(self.stack), -1, -1, -1).contiguous()
+    return torch.from_numpy(res).to(self.t.device).expand(len(self.stack), -1, -1, -1).contiguous()
 
 @patch
 def step_on_device(self:StackedAdam,

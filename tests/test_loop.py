@@ -9,6 +9,7 @@ from fastai.learner import *
 from fastai.losses import *
 from fastai.metrics import mae
 from fastai.optimizer import *
+from fastcore.all import L
 from cfext import *
 from cfext.capture import StepGraph
 
@@ -279,6 +280,38 @@ def test_interrupted(path, err):
             learn.fit(1, 0.01)
     assert got['fastai'][0]==got[path][0]==7 and got['fastai'][2]==got[path][2]
     torch.testing.assert_close(got['fastai'][3], got[path][3])
+
+class Counts(Callback):
+    "How often fastai's own loop ran a batch of validation"
+    n,run_train = 0,False
+    def after_batch(self): self.n += 1
+
+@pytest.mark.parametrize('kw', [{}, dict(weights=True), dict(cls=CollabNN), dict(cls=DotProduct, y_range=None, loss_func=BPRLoss(), unk_p=0.),
+                                dict(cls=CosineProduct, y_range=None, loss_func=FullSoftmaxLoss(0.5))], ids=['dot','weights','nn','bpr','softmax'])
+def test_validation(kw, monkeypatch):
+    "Loss and metrics of a validation, its last batch and what is left on the learner, without events and with fastai's"
+    def validated(fast):
+        learn = make('lean', **kw)
+        learn.fast,learn.dls.valid.bs,learn.metrics = fast,500,L(AvgMetric(mae)) if 'loss_func' not in kw else L()
+        with learn.no_bar(),learn.no_logging():
+            learn.fit(1, 0.01)
+            torch.manual_seed(5)
+            return learn,learn.validate()
+    ran = []
+    monkeypatch.setattr('cfext.learner.lean_validate', lambda l: (ran.append(l.n_epoch), lean_validate(l)))
+    (ref,want),(new,got) = validated(False),validated(None)
+    assert len(ran)==2 and len(want)==len(got)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=1e-7)
+    assert (ref.iter,ref.n_iter)==(new.iter,new.n_iter) and new.iter>0
+    torch.testing.assert_close(new.loss.as_subclass(torch.Tensor), ref.loss.as_subclass(torch.Tensor))
+    for a,b in ((ref.pred,new.pred), (ref.xb[0],new.xb[0]), (ref.yb[0],new.yb[0])): torch.testing.assert_close(a, b)
+
+def test_validation_asks_those_who_act_on_its_batches():
+    learn = make('lean', cbs=lambda: Counts())
+    learn.dls.valid.bs = 500
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.01)
+    assert learn.counts.n==2*len(learn.dls.valid)==6
+    assert batch_needs(learn)=={} and batch_needs(learn, training=False)=={'counts':['after_batch']}
 
 def test_a_callback_that_needs_each_batch(capsys):
     class Each(Callback):
