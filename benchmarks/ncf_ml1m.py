@@ -80,7 +80,7 @@ makers = {
     'popularity': (lambda dls,seed: Popularity(dls), [{}]),
     'item-kNN':   (lambda dls,seed,**kw: ItemKNN(dls, **kw), [dict(k=n, shrink=s) for n in (50,100,200) for s in (10.,)]),
     'EASE':       (lambda dls,seed,**kw: EASE(dls, **kw), [dict(reg=r) for r in (500.,1000.,2000.)]),
-    'dot, iALS':  (ials, [dict(n_factors=64, alpha0=a, lam=0.003) for a in (0.15,0.3,0.6)] + [dict(n_factors=128, alpha0=0.3, lam=0.006)]),
+    'dot, iALS':  (ials, [dict(n_factors=64, alpha0=a, lam=0.003) for a in (0.15,0.3,0.6)] + [dict(n_factors=n, alpha0=0.3, lam=l) for n,l in ((128,0.006),(256,0.006),(256,0.01))]),
     'dot, iALS, recent rows first': (ials, [dict(n_factors=64, alpha0=0.3, lam=0.003, recent=4., half=h) for h in (10,20)]),
     'dot, full softmax': (lambda dls,seed,**kw: dot(dls, seed, **kw), [dict(lr=0.02, wd=wd, epochs=30, n_factors=64, a=0.5) for wd in (0.05,0.2)]),
     'cosine, full softmax': (lambda dls,seed,**kw: dot(dls, seed, model=CosineProduct, **kw), [dict(lr=0.01, wd=0., epochs=30, n_factors=64, temp=t, weight=w) for t,w in ((0.09,1.),(0.12,1.),(0.15,1.),(0.12,1.1))])}

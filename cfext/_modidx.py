@@ -364,6 +364,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'cfext.evaluation._beside': ('evaluation.html#_beside', 'cfext/evaluation.py'),
                                   'cfext.evaluation._mean_preds': ('evaluation.html#_mean_preds', 'cfext/evaluation.py'),
                                   'cfext.evaluation._n_listable': ('evaluation.html#_n_listable', 'cfext/evaluation.py'),
+                                  'cfext.evaluation._number': ('evaluation.html#_number', 'cfext/evaluation.py'),
                                   'cfext.evaluation._profile': ('evaluation.html#_profile', 'cfext/evaluation.py'),
                                   'cfext.evaluation._protocol': ('evaluation.html#_protocol', 'cfext/evaluation.py'),
                                   'cfext.evaluation._put_figure': ('evaluation.html#_put_figure', 'cfext/evaluation.py'),

@@ -85,14 +85,14 @@ def _pictures(learn, out, color):
         with whole_file(out/'losses.png') as f: plt.savefig(f, dpi=120, bbox_inches='tight')
         with whole_file(out/'item_map.png') as f: show_item_map(learn, color=color).figure.savefig(f, dpi=120, bbox_inches='tight')
 
-# %% ../nbs/16_cli.ipynb #0d6f6fba
+# %% ../nbs/16_cli.ipynb #6ffb3906
 def _write_report(learn, report, out, settings):
     "`metrics.json`: settings, sizes, the losses of each epoch and the report, with the versions that made them"
     import fastai,cfext
     names = list(learn.recorder.metric_names[1:-1])
     rows = [dict(zip(names, map(float, v))) for v in learn.recorder.values]
     d = dict(settings=settings, rows=dict(train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds)), users=learn.dls.n_users-1,
-             items=learn.dls.n_items-1, epochs=rows, report={i: r.dropna().to_dict() for i,r in report.iterrows()},
+             items=learn.dls.n_items-1, epochs=rows, report={i: r.dropna().to_dict() for i,r in report.iterrows()}, note=getattr(report, 'note', ''),
              versions=dict(cfext=cfext.__version__, fastai=fastai.__version__, torch=torch.__version__), device=str(learn.dls.device))
     with whole_file(out/'metrics.json') as f: f.write_text(json.dumps(d, indent=1), encoding='utf-8')
 

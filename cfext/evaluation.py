@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['catalogue_measures', 'HeldOut', 'draw_candidates', 'judge', 'Report', 'evaluate', 'ListMetric', 'list_metrics']
 
-# %% ../nbs/10c_evaluation.ipynb #ae8e607e
-import warnings
+# %% ../nbs/10c_evaluation.ipynb #63f12d5a
+import re,warnings
 from types import SimpleNamespace
 
 import numpy as np,pandas as pd
@@ -131,7 +131,11 @@ def judge(
     short = (recs<0)
     return res,dict(short_lists=int(short.any(1).sum()), empty_lists=int(short.all(1).sum()), lists_cut_in_a_tie=tied)
 
-# %% ../nbs/10c_evaluation.ipynb #a5ba8117
+# %% ../nbs/10c_evaluation.ipynb #939bae85
+def _number(n, words):
+    "'1 short list', '2 short lists': a number before words of which one is a plural"
+    return f'{n:,} ' + (re.sub(r'\b(row|user|list)s\b', r'\1', words, count=1) if n==1 else words)
+
 class Report(pd.DataFrame):
     "A frame of figures that says below itself who was judged and what was left out"
     _metadata = []
@@ -143,8 +147,8 @@ class Report(pd.DataFrame):
     def note(self):
         c = self.attrs.get('counts')
         if not c: return ''
-        rest = [f"{v:,} {n.replace('_', ' ')}" for n,v in c.items() if v and n not in ('held_out_rows','users_judged')]
-        return f"{c['users_judged']:,} users judged by {c['held_out_rows']:,} held-out rows, {self.attrs['ranked']}" + ''.join(f'; {o}' for o in rest)
+        rest = [_number(v, n.replace('_', ' ').replace('held out', 'held-out')) for n,v in c.items() if v and n not in ('held_out_rows','users_judged')]
+        return '; '.join([f"{_number(c['users_judged'], 'users judged')} by {_number(c['held_out_rows'], 'held-out rows')}, {self.attrs['ranked']}", *rest])
     def __repr__(self): return self.to_string(na_rep='') + (f'\n{self.note}' if self.note else '')
     def _repr_html_(self): return self.to_html(na_rep='', notebook=True) + (f'<p>{self.note}</p>' if self.note else '')
 

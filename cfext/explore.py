@@ -110,7 +110,7 @@ def _found(ex, req):
     return JSONResponse([dict(title=str(ex.titles[r][i]), role=r if role=='any' else '', n=int(ex.counts[r][i]), key=i, go=_url(r, id=ex.keys[r][i]))
                          for r in roles for i in ex.find(r, q, 10 if len(roles)==1 else 6)])
 
-# %% ../nbs/14e_explore.ipynb #708c42a3
+# %% ../nbs/14e_explore.ipynb #2cd44ae8
 def _map(ex, req):
     body = Iframe(src='/map/canvas', title='Map of the items: arrows move, plus and minus zoom, 0 shows all', cls='map') if ex.item_map() else P('There is nothing to map: that needs factors of at least three items.')
     return _page(ex, 'Map', H1('Items by their factors'), P('The two directions in which the items differ most. Drag or use the arrow keys, zoom with the wheel, two fingers or + and −, and click an item, or find it and press Enter, to see it.', cls='quiet'),
@@ -134,12 +134,14 @@ def _metrics(ex, req):
     rec = rec if isinstance(rec, dict) else {}
     if not rec.get('report') and req.query_params.get('run'):
         with ex.learn.no_bar(): df = ex.learn.evaluate()
-        ex.report = {i: r.dropna().to_dict() for i,r in df.iterrows()}
-    rep,eps = rec.get('report') or getattr(ex, 'report', None),rec.get('epochs') or []
+        ex.report = dict(report={i: r.dropna().to_dict() for i,r in df.iterrows()}, note=df.note)
+    if not rec.get('report'): rec = {**rec, **getattr(ex, 'report', {})}
+    rep,eps = rec.get('report'),rec.get('epochs') or []
     cols = list(dict.fromkeys(c for r in (rep or {}).values() for c in r))
     parts = [_table(['',*cols], [(n, *[float(r[c]) if c in r else '' for c in cols]) for n,r in rep.items()], 'On held-out rows, beside baselines')] if rep else \
         [P('Nothing is recorded with this bundle. Working it out asks the model about each held-out row and ranks all items for each user: a moment, or minutes where both are many.'), Form(Button('Evaluate now'), Input(type='hidden', name='run', value='1'), action='/metrics')] if len(ex.learn.dls.valid_ds) else \
         [P('Nothing is recorded with this bundle, and it holds no held-out rows to evaluate on.')]
+    if rep and rec.get('note'): parts.append(P(str(rec['note']), cls='quiet'))
     if eps: parts.append(_table(['epoch',*[o.strip('_') for o in eps[0]]], [(j, *map(float, e.values())) for j,e in enumerate(eps)], 'Losses by epoch'))
     if rec.get('settings'): parts += [H2('Settings'), Dl(*[o for k,v in rec['settings'].items() if v is not None for o in (Dt(k), Dd(str(v)))])]
     return _page(ex, 'Metrics', H1('How good is it?'), *parts, here='metrics')
