@@ -92,7 +92,8 @@ class CFLearner(Learner):
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
     def _is_plain(self):
         "Are batches rows that lie where the model lies?"
-        return type(self.dl) is ResidentDL and self.dl.device==next(self.model.parameters()).device
+        rows,model = getattr(self.dl, 'device', None),next(self.model.parameters()).device
+        return type(self.dl) is ResidentDL and rows.type==model.type and rows.index in (None,model.index)
     def _fast_epoch(self):
         if torch.device(self.dls.device).type!='cuda' or self.no_capture: return (lean_epoch if factor_hurdle(self) else factor_epoch)(self)
         from cfext.kernels import kernel_hurdle,kernel_epoch,kernel_ready

@@ -181,6 +181,7 @@ canvas:focus-visible{outline:2px solid #56B4E9;outline-offset:-2px}#head{positio
 #legend button{display:block;border:0;background:none;color:inherit;font:inherit;padding:2px 0;cursor:pointer;text-align:left}
 #legend button[aria-pressed=false]{opacity:.35}
 #legend i{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:7px}
+@media (max-width:500px){#head{max-width:none}#legend{top:auto;bottom:10px;left:12px;max-height:30vh;display:flex;flex-wrap:wrap;gap:0 14px;font-size:12px}}
 #tip{position:fixed;pointer-events:none;display:none;background:var(--box);border:1px solid var(--dim);border-radius:5px;padding:3px 7px;max-width:24em}#tip small{display:block}
 </style></head><body><main>
 <canvas id="map" tabindex="0" role="img" aria-label="__TITLE__"></canvas>
