@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['opt_kind', 'step_columns', 'TensorStep', 'StepGraph', 'capture_hurdle', 'captured_epoch']
 
-# %% ../nbs/05a_capture.ipynb #1c956299
+# %% ../nbs/05a_capture.ipynb #5c127a58
 import math,time
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +20,7 @@ from fastai.optimizer import (adam_step,average_grad,average_sqr_grad,l2_reg,mom
 from fastcore.all import *
 from .core import *
 from .data import *
-from .loop import _asks,_Books,_Plan,lay_out
+from .loop import _asks,_Books,lay_out
 
 # %% ../nbs/05a_capture.ipynb #806b226d
 _steps = {weight_decay:'decay', l2_reg:'l2', average_sqr_grad:'sqr', step_stat:'count', sgd_step:'sgd', momentum_step:'momentum',

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['batch_events', 'batch_needs', 'lay_out', 'FusedAdam', 'lean_epoch', 'lean_validate']
 
-# %% ../nbs/05_loop.ipynb #3e22942d
-import gc,math,time
-from contextlib import contextmanager,suppress
+# %% ../nbs/05_loop.ipynb #15bcc9d9
+import math,time
+from contextlib import suppress
 from functools import partial
 
 import numpy as np,torch
@@ -150,20 +150,11 @@ class _OwnStep:
     def step(self, hypers): self.opt.step()
     def sync(self): pass
 
-# %% ../nbs/05_loop.ipynb #978dd579
-@contextmanager
-def _no_search():
-    "Keep Python from searching for cycles inside a block that makes many small tensors, none of which is to be freed"
-    on = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if on: gc.enable()
-
+# %% ../nbs/05_loop.ipynb #88f444ad
 class _Books:
     "Keeps what fastai's bookkeepers would have written, and writes it"
     def __init__(self, learn, n, device):
-        self.learn,self.n,self.done,self.read,self.t = learn,n,0,0,time.time()
+        self.learn,self.done,self.read,self.t = learn,0,0,time.time()
         self.losses = torch.empty(n, device=device)
         self.rec,self.prog = getattr(learn, 'recorder', None),getattr(learn, 'progress', None)
         self.smoothed,self.bad,self.nan = [],False,any(isinstance(cb, TerminateOnNaNCallback) and cb.run for cb in learn.cbs)
@@ -190,7 +181,7 @@ class _Books:
         self.prog.pbar.update(self.done)
         if self.smoothed: self.prog.pbar.comment = f'{self.smoothed[-1]:.4f}'
 
-# %% ../nbs/05_loop.ipynb #0fd4f7d9
+# %% ../nbs/05_loop.ipynb #30e0d912
 @patch
 def close(self:_Books, plan, stepper):
     "Leave recorder, schedulers, optimizer and learner as after `done` batches of fastai's loop"
@@ -212,7 +203,7 @@ def close(self:_Books, plan, stepper):
     learn.iter = done-1
     if self.rec is not None:
         self.rec.lrs += lrs
-        with _no_search(): self.rec.losses += torch.tensor(self.smoothed).unbind()
+        self.rec.losses += torch.tensor(self.smoothed).unbind()
     self.show()
 
 # %% ../nbs/05_loop.ipynb #ddf5aae1

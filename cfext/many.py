@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['fit_many']
 
-# %% ../nbs/14g_many.ipynb #27e26c09
-import threading,time,warnings
+# %% ../nbs/14g_many.ipynb #10d8078a
+import gc,threading,time,warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,7 +24,7 @@ from .core import *
 from .data import *
 from .capture import _aside
 from .loop import *
-from .loop import _asks,_Books,_no_search,_OwnStep,_fused_kind
+from .loop import _asks,_Books,_OwnStep,_fused_kind
 from .learner import *
 from .stacked import *
 
@@ -259,7 +259,7 @@ class _Replay:
             self.records = False
             print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
-# %% ../nbs/14g_many.ipynb #4a4267a4
+# %% ../nbs/14g_many.ipynb #13d6837e
 @patch
 def _whole(self:_Together, rows, done, losses):
     "Run the full batches by steps that lie on the device; `done` is told of them"
@@ -275,6 +275,15 @@ def _whole(self:_Together, rows, done, losses):
             losses[:ran] = ds.losses.T[:ran]
             for t in (self.adam.t,self.adam.count): t += ran
     return n
+
+@contextmanager
+def _no_search():
+    "Keep Python from searching for cycles inside a block that makes many small tensors, none of which is to be freed"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
 
 @patch
 def _close(self:_Together, books, plans, losses):
