@@ -88,7 +88,7 @@ def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1
     elif pid<E2: _adam(p2+o, m2+o, v2+o, g2+o, n2, row+K2, pid-E1, M2, B)
     else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-E2, M3, B)
 
-# %% ../nbs/05d_kernels.ipynb #59e510d6
+# %% ../nbs/05d_kernels.ipynb #faf8b227
 class KernelSteps:
     "Steps of Adam on the tables of K dot products, by two kernels each"
     block = 1024
@@ -111,21 +111,12 @@ class KernelSteps:
         K,self.stride = (len(t),t.stride(0)) if t.ndim==3 else (1,0)
         self.n_models,self.sizes,self.grads = K,[t.numel()//K for t in tables],grads or [torch.zeros_like(t) for t in tables]
         assert all(o.stride()==t.stride() for ts in (avgs, sqrs, self.grads) for o,t in zip(ts, tables)) and all(t.ndim==2 or t.stride(0)==self.stride for t in tables)
-        self.offset,self.graph = torch.zeros(K, device=dev) if offset is None else offset,None
+        self.offset,self.graphs,self.records = torch.zeros(K, device=dev) if offset is None else offset,{},dev.type=='cuda'
         self.at,self.losses = torch.zeros(1, dtype=torch.long, device=dev),torch.zeros(K, n_steps, device=dev)
         self.x,self.y,self.w = torch.zeros(K, n_rows, 2, dtype=torch.int32, device=dev),torch.zeros(K, n_rows, device=dev),None
         self.nums = torch.zeros(K, n_steps, n_groups, len(TensorStep.columns), device=dev)
         ends = torch.tensor([-(-n//self.block) for n in self.sizes]).cumsum(0).tolist()
         self.ends = (ends+ends[-1:]*4)[:4]
-    def record(self,
-        per:int, # steps that one replay does
-    ):
-        "Capture `per` steps as a CUDA graph, without running them"
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for j in range(per): self.launch(j, self.bs)
-            self.at += per
-        self.graph,self.per = graph,per
 
 @patch
 def launch(self:KernelSteps,
@@ -146,29 +137,37 @@ def launch(self:KernelSteps,
                                     *(n_cols*k for k in pad(self.numbers)), *pad(self.modes), *self.ends[:3], B=self.block)
 
 @patch
+def several(self:KernelSteps, sizes):
+    for j,m in enumerate(sizes): self.launch(j, m)
+    self.at += len(sizes)
+
+@patch
+def record(self:KernelSteps,
+    sizes:tuple, # rows of the batches
+)->object: # a CUDA graph; None where none can be made
+    "Capture steps, without running them"
+    if not self.records: return
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph): self.several(sizes)
+        return graph
+    except RuntimeError as e:
+        self.records = False
+        print(f"the steps are launched one by one, since they could not be recorded: {str(e).splitlines()[0]}")
+
+@patch
 def run(self:KernelSteps,
     sizes:list, # rows of the epoch's batches
-    per:int=32, # steps in a recording; 0: no recording
+    per:int=32, # batches that go to the device as one piece
 ):
-    "Train on batch after batch; yields how many are done"
-    i,n_whole = 0,sum(m==self.bs for m in sizes)
-    per = min(per, n_whole-1) if self.at.is_cuda else 0
-    while i<len(sizes):
-        if per>1 and i and self.graph is None: per = _try(self, per)
-        if self.graph is not None and i+self.per<=n_whole:
-            self.graph.replay()
-            i += self.per
-        else:
-            self.launch(0, sizes[i])
-            self.at += 1
-            i += 1
-        yield i
-
-def _try(ks, per):
-    "Record `per` steps; say so if it can't be done, and go on without"
-    try: ks.record(per)
-    except (RuntimeError, torch.AcceleratorError) as e: print(f"the steps are launched one by one, since they could not be recorded: {str(e).splitlines()[0]}")
-    return per if ks.graph is not None else 0
+    "Train on piece after piece; yields how many batches are done"
+    for i in range(0, len(sizes), per):
+        piece = tuple(sizes[i:i+per])
+        if piece in self.graphs: self.graphs[piece] = self.graphs[piece] or self.record(piece)
+        graph = self.graphs.setdefault(piece) # none the first time: it may have to compile, which can't be recorded
+        if graph is None: self.several(piece)
+        else: graph.replay()
+        yield i+len(piece)
 
 # %% ../nbs/05d_kernels.ipynb #6ef7aeb1
 @cache
@@ -202,7 +201,7 @@ def kernel_hurdle(
     if not all(p in there for p in learn.model.parameters()): return "some of its tables are frozen"
     return kernel_ready(str(learn.dls.device))
 
-# %% ../nbs/05d_kernels.ipynb #0b01d0b5
+# %% ../nbs/05d_kernels.ipynb #7f56e020
 _kept = weakref.WeakKeyDictionary()
 
 def _steps(learn, stepper):
@@ -235,14 +234,14 @@ def load(self:KernelSteps,
         for cuts,u,i,y,w in blocks:
             b = a+cuts[-1]
             self.x[k,a:b,0],self.x[k,a:b,1],self.y[k,a:b] = u,i,y
-            if w is not None and self.w is None: self.w,self.graph = torch.ones_like(self.y),None
+            if w is not None and self.w is None: self.w,self.graphs = torch.ones_like(self.y),{}
             if self.w is not None: self.w[k,a:b] = 1. if w is None else w
             a = b
 
-# %% ../nbs/05d_kernels.ipynb #9e0a426c
+# %% ../nbs/05d_kernels.ipynb #83327338
 def kernel_epoch(
     learn, # a `Learner` inside `fit`, for which `kernel_hurdle` is None
-    per:int=32, # steps in a recording; 0: no recording
+    per:int=32, # batches that go to the device as one piece
 ):
     "Train on the batches of `learn.dl` by two kernels a step, recorded and replayed"
     cuts = learn.dl.bounds()
