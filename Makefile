@@ -42,7 +42,7 @@ readme: setup ## nbs/index.ipynb -> README.md
 	$(BIN)/python docs/readme.py
 
 outputs: setup ## run the notebooks and keep their outputs
-	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/*.ipynb nbs/pages/*.ipynb nbs/tutorials/*.ipynb
+	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/*.ipynb nbs/pages/*.ipynb nbs/tutorials/*.ipynb
 	$(BIN)/nbdev-clean
 
 clean: ## remove what `setup` and `demo` made

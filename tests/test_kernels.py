@@ -91,6 +91,7 @@ def test_epochs_go_in_pieces_that_are_recorded_once(monkeypatch):
 def test_compiles_for_a_gpu_that_is_not_here(F, rows, flags):
     "By Triton's own compiler and assembler, for compute capability 9.0"
     import triton
+    if not hasattr(triton, 'knobs'): pytest.skip(f'Triton {triton.__version__} is asked in another way')
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from cfext.kernels import _adam_kernel,_grad_kernel
