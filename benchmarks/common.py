@@ -23,10 +23,19 @@ def machine()->dict:
                 threads=torch.get_num_threads(), python=platform.python_version(),
                 **{p: version(p) for p in ('torch','fastai','pandas','numpy')})
 
+def out_file(name:str)->Path:
+    "Where a record lies: in the folder $OUT, by default beside the scripts"
+    return Path(os.environ.get('OUT', here))/f'{name}.json'
+
+def recorded(name:str)->dict:
+    "The results of a record, if it is of this machine and these versions"
+    old = json.loads(out_file(name).read_text(encoding='utf-8')) if out_file(name).exists() else {}
+    return {k:v for k,v in old.items() if k not in ('date','command','machine')} if old.get('machine')==machine() else {}
+
 def record(name:str, results:dict, path:str|None=None):
     "Write `path`, by default `benchmarks/{name}.json`: date, command, machine and results"
     d = dict(date=time.strftime('%Y-%m-%d'), command=' '.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]), machine=machine(), **results)
-    out = Path(path) if path else Path(os.environ.get('OUT', here))/f'{name}.json'
+    out = Path(path) if path else out_file(name)
     with whole_file(out) as f: f.write_text(json.dumps(d, indent=1)+'\n', encoding='utf-8')
     print(f'written: {out.name}')
 

@@ -1,7 +1,7 @@
 """Time of a training epoch: fastai, a plain PyTorch loop and cfext, side by side on the same rows and the same model.
 
     python benchmarks/loop.py                 # everything that this machine can do
-    python benchmarks/loop.py --only ml100k   # ml100k, big (needs a GPU), growth
+    python benchmarks/loop.py --only ml100k   # ml100k, big (needs a GPU), growth; the others stay in the record if it is of this machine
 
 Every contestant trains a dot product with biases (50 factors, sigmoid range) by AdamW over a one-cycle schedule, and visits every
 row once an epoch: fastai's own loader draws rows with replacement, and is given a permutation instead. One warm epoch each, then
@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np,pandas as pd,torch
 from fastai.callback.core import Callback,CancelEpochException,CancelFitException
 from fastai.collab import CollabDataLoaders,collab_learner
-from common import data_dir,machine,record
+from common import data_dir,record,recorded
 from cfext import *
 
 cuda = torch.cuda.is_available()
@@ -157,6 +157,8 @@ if __name__=='__main__':
     p.add_argument('--only', nargs='*', default=['ml100k','big','growth'])
     p.add_argument('--repeats', type=int, default=5)
     args = p.parse_args()
-    res = {}
-    for name in args.only: res.update(globals()[name](args))
-    record('loop' if cuda else 'loop_cpu', res)
+    name = 'loop' if cuda else 'loop_cpu'
+    res = recorded(name)
+    for part in args.only:
+        res.update(globals()[part](args))
+        record(name, res)

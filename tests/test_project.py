@@ -102,6 +102,18 @@ def test_readme_is_made_from_the_index():
     from readme import to_markdown
     assert (root/'README.md').read_text() == to_markdown(root/'nbs'/'index.ipynb'), 'run `make readme`'
 
+def test_readme_has_the_figures_of_the_records(monkeypatch):
+    "The table, made anew from the records"
+    monkeypatch.chdir(root/'nbs')
+    cells = [c for c in json.loads((root/'nbs'/'index.ipynb').read_text())['cells'] if c['cell_type']=='code']
+    env = {}
+    *body,last = [''.join(c['source']) for c in cells[:2]]
+    exec('\n'.join(body), env)
+    *lines,shown = last.splitlines()
+    exec('\n'.join(lines), env)
+    table = eval(shown, env).data
+    assert table.count('\n')>=8 and table in (root/'README.md').read_text(), 'run index.ipynb anew, then `make readme`'
+
 def test_metadata_is_complete():
     meta = importlib.metadata.metadata('cfext')
     assert meta['License-Expression']=='Apache-2.0' or meta['License']=='Apache-2.0'
