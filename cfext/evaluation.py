@@ -257,7 +257,7 @@ def evaluate(self:CFLearner,
     res.attrs.update(counts=counts, ranked=ranked)
     return res
 
-# %% ../nbs/10c_evaluation.ipynb #6b875d72
+# %% ../nbs/10c_evaluation.ipynb #1d85bd37
 def evaluate(
     learn, # a learner; or a model over the loaders `dls`, such as `EASE(dls)`
     split='valid', # 'valid': the loaders' validation rows; or a frame of later rows
@@ -266,12 +266,13 @@ def evaluate(
     candidates=None, # what is ranked, as for `learn.evaluate`; None: all items
     *,
     dls:CFDataLoaders|None=None, # the loaders, where `learn` is a model
+    loss_func=None, # what that model was fitted by: after a `RankingLoss` there are no errors on the rating scale; None: squared error
     **kwargs, # what else `learn.evaluate` takes: n_sampled, measures, baselines, interval, seed, bar
 )->Report: # as `learn.evaluate` gives it
     "Judge a learner, or a model, on rows that it was not fitted to, beside baselines"
     if not isinstance(learn, CFLearner):
         if dls is None: raise ValueError(f"{type(learn).__name__} is no learner: pass the loaders that it is to be judged on as `dls`")
-        learn = cf_learner(dls, learn)
+        learn = cf_learner(dls, learn, loss_func=loss_func)
     return learn.evaluate(k, split, exclude_seen=exclude_seen, candidates=candidates, **kwargs)
 
 # %% ../nbs/10c_evaluation.ipynb #7dcc2760

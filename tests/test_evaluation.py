@@ -154,6 +154,9 @@ def test_scores_that_are_no_ratings_get_no_error_of_ratings(learn, make, tmp_pat
 def test_a_loss_that_ranks_leaves_errors_of_ratings_out(learn):
     l = cf_learner(learn.dls, n_factors=3, loss_func=BPRLoss(), seed=0)
     assert 'RMSE' not in l.evaluate(k=5) and 'RMSE' in cf_learner(learn.dls, n_factors=3, seed=0).evaluate(k=5)
+    bare = evaluate(l.model, k=5, dls=learn.dls, loss_func=BPRLoss())
+    pd.testing.assert_frame_equal(bare, l.evaluate(k=5))
+    assert 'RMSE' in evaluate(l.model, k=5, dls=learn.dls), 'nobody said that it ranks'
 
 def test_compare_is_the_paired_test_of_what_evaluate_says(learn):
     pop = Popularity(learn.dls)
