@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['batch_events', 'batch_needs', 'lay_out', 'FusedAdam', 'lean_epoch', 'lean_validate']
 
-# %% ../nbs/05_loop.ipynb #15bcc9d9
+# %% ../nbs/05_loop.ipynb #6e95112f
 import math,time
 from contextlib import suppress
 from functools import partial
+from itertools import accumulate
 
 import numpy as np,torch
 from torch import Tensor
@@ -150,7 +151,7 @@ class _OwnStep:
     def step(self, hypers): self.opt.step()
     def sync(self): pass
 
-# %% ../nbs/05_loop.ipynb #88f444ad
+# %% ../nbs/05_loop.ipynb #ed766b1c
 class _Books:
     "Keeps what fastai's bookkeepers would have written, and writes it"
     def __init__(self, learn, n, device):
@@ -161,13 +162,13 @@ class _Books:
     def smooth(self):
         "Read the losses since the last time, and average them as `AvgSmoothLoss` does"
         sm = self.rec.smooth_loss
-        val,count,beta = float(sm.val),sm.count,sm.beta
-        for l in self.losses[self.read:self.done].tolist():
-            if self.nan and not math.isfinite(l): self.done,self.bad = self.read,True # not recorded, as in fastai
-            if self.read==self.done: break
-            val,count,self.read = l+beta*(val-l),count+1,self.read+1
-            self.smoothed.append(val/(1-beta**count))
-        sm.val,sm.count = torch.tensor(val),count
+        new,beta = self.losses[self.read:self.done].cpu().numpy(),sm.beta
+        if self.nan and not np.isfinite(new).all(): # from there on nothing is recorded, as in fastai
+            new = new[:np.isfinite(new).argmin()]
+            self.done,self.bad = self.read+len(new),True
+        vals = list(accumulate(new.tolist(), lambda val,loss: loss+beta*(val-loss), initial=float(sm.val)))
+        self.smoothed += (np.array(vals[1:])/(1-beta**(sm.count+1.+np.arange(len(new))))).tolist()
+        self.read,sm.val,sm.count = self.done,torch.tensor(vals[-1]),sm.count+len(new)
         if self.smoothed: self.learn.smooth_loss = torch.tensor(self.smoothed[-1])
         if self.bad: raise CancelFitException()
     def tick(self, last=False):

@@ -402,3 +402,27 @@ def test_rows_that_stay_in_host_memory():
 def capture_hurdle_of(learn):
     learn.dl = learn.dls.train
     return capture_hurdle(learn)
+
+def test_callbacks_are_asked_as_by_fastai():
+    "Each event of a fit reaches those who act on it, in order; those who hear all of them, all; `run` is put back after a fit"
+    def made(cls):
+        class Own(Callback):
+            order = 70
+            def before_epoch(self): heard.append(('Own','before_epoch'))
+            def after_step(self): heard.append(('Own','after_step'))
+            def before_validate(self): self.run = False
+            def after_epoch(self): heard.append(('Own','after_epoch'))
+        class All(Callback):
+            order = 60
+            def __call__(self, name): heard.append(('All',name))
+        late = Callback()
+        late.after_batch = lambda: heard.append(('late','after_batch'))
+        dls = CFDataLoaders.from_df(df, item_name='title', seed=42, bs=200, device='cpu')
+        heard,own = [],Own()
+        learn = cls(dls, DotProduct(dls.n_users, dls.n_items, 3), loss_func=MSELossFlat(), cbs=[own,All(),late])
+        learn.fast = False
+        with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.01)
+        return heard,own.run
+    (ref,run),(new,run2) = made(Learner),made(CFLearner)
+    assert ref==new and run and run2 and {n for n,_ in ref}=={'Own','All','late'} and len(ref)>50
+    with pytest.raises(Exception, match='missing nonsense'): make('lean')('nonsense')
