@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/16_cli.ipynb #05b442a1
+# %% ../nbs/16_cli.ipynb #c1a56ede
 import json,sys,warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,35 +19,55 @@ from fastai.tabular.all import *
 from .core import *
 from .sources import *
 from .data import *
+from .losses import *
+from .negatives import *
 from .learner import *
 from .recommend import *
+from .evaluation import *
+from .closed import *
 from .interpret import *
 from .bundle import *
 from .explore import *
 
-# %% ../nbs/16_cli.ipynb #3ca4c57e
+# %% ../nbs/16_cli.ipynb #327e383f
+def _rating_col(df, name, lists):
+    "The column of ratings; None for lists, and where there is none and none was asked for by name"
+    if lists: return
+    try: return find_col(df, name, 'rating')
+    except ValueError:
+        if name!='rating': raise
+        print(f"no column of ratings among {', '.join(map(str, df.columns))}: each row is taken as a choice, and lists are trained; --rating-name names one")
+
 def _y_range(df, rating):
     "A little beyond the smallest and the largest rating"
     lo,hi = float(df[rating].min()),float(df[rating].max())
     return (lo-(hi-lo)/8, hi+(hi-lo)/8) if hi>lo else None
 
-def _batch_size(n):
-    "A power of two that cuts `n` rows into at most some 2,000 batches, 64 at the least"
-    return max(64, 2**int(np.ceil(np.log2(max(n, 1)/2000))))
+def _batch_size(n, lists=False):
+    "A power of two that cuts `n` rows into at most some 2,000 batches, 64 at the least; for lists 100, 512 to 8,192"
+    most,low,high = (100,512,8192) if lists else (2000,64,n+64)
+    return min(high, max(low, 2**int(np.ceil(np.log2(max(n, 1)/most)))))
 
-# %% ../nbs/16_cli.ipynb #9fefefc8
+def _list_learner(dls, n_factors, seed, **kwargs):
+    "A learner for lists"
+    loss = FullSoftmaxLoss(temp=0.12, weight=1.2) if dls.n_items<=100_000 else SampledSoftmaxLoss(temp=0.12)
+    return cf_learner(dls, CosineProduct, n_factors, loss_func=loss, seed=seed, **kwargs)
+
+# %% ../nbs/16_cli.ipynb #2fd62d2b
 _splitters = dict(random=lambda pct,seed: None, time=lambda pct,seed: TimeSplitter(pct), last=lambda pct,seed: LastNSplitter(1),
                   cold=lambda pct,seed: ColdUserSplitter(pct, seed=seed))
 
-def _load(data, split, splitter, valid_pct, seed, **names):
+def _load(data, split, splitter, valid_pct, seed, lists=False, **names):
     "Loaders, the frame and what was said about it"
     df = synth_ratings(1000, 500, 60_000) if data is None else read_ratings(data, split)
     if names['item_name']=='item' and 'title' in df: names['item_name'] = 'title'
     check_choice(splitter, 'splitter', _splitters)
     f = ColSplitter('is_valid') if split else _splitters[splitter](valid_pct, seed)
-    bs = names.pop('bs') or _batch_size(len(df))
-    dls = CFDataLoaders.from_df(df, valid_pct=valid_pct, splitter=f, seed=seed, bs=bs, **names)
-    print(f"{len(df):,} ratings of {dls.n_users-1:,} users and {dls.n_items-1:,} items; {len(dls.valid_ds):,} held out ({split or splitter}); "
+    names['rating_name'] = _rating_col(df, names['rating_name'], lists)
+    lists = names['rating_name'] is None
+    bs = names.pop('bs') or _batch_size(len(df), lists)
+    dls = CFDataLoaders.from_df(df, valid_pct=valid_pct, splitter=f, seed=seed, bs=bs, by_user=lists, **names)
+    print(f"{len(df):,} {'choices' if lists else 'ratings'} of {dls.n_users-1:,} users and {dls.n_items-1:,} items; {len(dls.valid_ds):,} held out ({split or splitter}); "
           f"batches of {bs} on {dls.device}")
     return df,dls
 
@@ -103,18 +123,19 @@ def _write_items(df, item_name, out):
     if not cols: return (out/'items.csv').unlink(missing_ok=True)
     with whole_file(out/'items.csv') as f: df[[item_name,*cols]].drop_duplicates(item_name).to_csv(f, index=False)
 
-# %% ../nbs/16_cli.ipynb #dcb59ab7
+# %% ../nbs/16_cli.ipynb #a6ef534a
 def _fit(
     data:str=None, # a ratings file (.csv, .tsv, .parquet) or the folder of a MovieLens set; none: a synthetic set
     out:str='demo', # folder for the bundle, metrics.json, pictures and recommendations.csv
     user_name:str='user', # column of users
     item_name:str='item', # column of items; titles are taken where the set has them
-    rating_name:str='rating', # column of ratings
-    model:str='dot', # 'dot' (factors and biases) or 'nn' (a network over two embeddings)
+    rating_name:str='rating', # column of ratings; where there is none, each row is a choice
+    lists:bool=False, # train for lists instead of ratings? each row is then a choice, whatever its rating
+    model:str='dot', # 'dot' (factors) or, for ratings, 'nn' (a network over two embeddings)
     n_factors:int=50, # factors of each user and item
-    epochs:int=5, # passes over the training rows
-    lr:float=5e-3, # highest learning rate
-    wd:float=0.1, # weight decay
+    epochs:int=None, # passes over the training rows; none: 5, for lists 30
+    lr:float=None, # highest learning rate; none: .005, for lists .01
+    wd:float=None, # weight decay; none: .1, for lists 0
     bs:int=0, # rows a batch; 0: by the size of the table
     splitter:str='random', # held-out rows: 'random', 'time' (the latest), 'last' (one a user), 'cold' (whole users)
     valid_pct:float=0.2, # share held out
@@ -125,12 +146,18 @@ def _fit(
     "Train a recommender, hold it against baselines, and write it down"
     out = Path(out)
     if out.is_file(): raise ValueError(f"--out {out} is a file; a folder is needed")
-    df,dls = _load(data, split, splitter, valid_pct, seed, user_name=user_name, item_name=item_name, rating_name=rating_name, bs=bs)
-    learn = cf_learner(dls, check_choice(model, 'model', ('dot','nn')), n_factors, _y_range(df, dls.rating_name), seed=seed, metrics=[rmse,mae])
+    check_choice(model, 'model', ('dot','nn'))
+    df,dls = _load(data, split, splitter, valid_pct, seed, lists, user_name=user_name, item_name=item_name, rating_name=rating_name, bs=bs)
+    lists = dls.rating_name is None
+    if lists and model=='nn': raise ValueError("--model nn predicts ratings; lists are trained with --model dot")
+    epochs,lr,wd = (ifnone(o, d) for o,d in zip((epochs,lr,wd), (30,1e-2,0.) if lists else (5,5e-3,0.1)))
+    if lists: learn = _list_learner(dls, n_factors, seed, metrics=list_metrics('NDCG', k=K, n_users=1000))
+    else: learn = cf_learner(dls, model, n_factors, _y_range(df, dls.rating_name), seed=seed, metrics=[rmse,mae])
     with _plain_progress(learn): learn.fit_one_cycle(epochs, lr, wd=wd)
     learn.save_bundle(out)
-    report = learn.evaluate(k=K) if len(dls.valid_ds) else pd.DataFrame()
-    _write_report(learn, report, out, dict(data=data and str(data), model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,
+    beside = dict(EASE=EASE(dls)) if lists and dls.n_items<=5000 else None
+    report = learn.evaluate(k=K, baselines=beside) if len(dls.valid_ds) else pd.DataFrame()
+    _write_report(learn, report, out, dict(data=data and str(data), lists=lists, model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,
                                            splitter=split or splitter, valid_pct=valid_pct, seed=seed))
     genre = next((c for c in ('genre','genres') if c in df), None)
     _write_items(df, dls.item_name, out)

@@ -24,6 +24,27 @@ def test_fit_writes_everything(fitted):
     r = pd.read_csv(fitted/'out'/'recommendations.csv')
     assert r.groupby('user').size().eq(4).all() and r.user.nunique()==80
 
+def test_choices_without_ratings(tmp_path, capsys):
+    "A table of users and items, and the same with ratings and --lists, give the same model; LightGCN's layout has its own split"
+    df = synth_ratings(80, 60, 2000)
+    df[['user','title']].to_csv(tmp_path/'c.csv', index=False)
+    df[['user','title','rating']].to_csv(tmp_path/'r.csv', index=False)
+    layout = tmp_path/'layout'
+    layout.mkdir()
+    codes = df.assign(user=df.user-1, item=df.title.factorize()[0]).drop_duplicates(['user','item'])
+    for name,part in (('train',codes[codes.index%5>0]),('test',codes[codes.index%5==0])):
+        (layout/f'{name}.txt').write_text('\n'.join(f"{u} {' '.join(map(str, o))}" for u,o in part.groupby('user').item))
+    runs = {'c':['c.csv'], 'r':['r.csv','--lists'], 'l':['layout','--split','test']}
+    for out,(data,*more) in runs.items(): assert main(['fit', str(tmp_path/data), *more, '--out', str(tmp_path/out), '--epochs', '3', '-k', '4'])==0
+    assert 'no column of ratings among user, title: each row is taken as a choice' in capsys.readouterr().out
+    c,r,l = (json.loads((tmp_path/o/'metrics.json').read_text()) for o in runs)
+    assert c['report']==r['report'] and set(c['report'])=={'CosineProduct','popularity','EASE'} and set(c['report']['EASE'])=={'recall@4','NDCG@4'}
+    assert c['settings']['lists'] and c['settings']['lr']==0.01 and l['rows']['valid']==(codes.index%5==0).sum()
+    assert pd.read_csv(tmp_path/'c'/'recommendations.csv').equals(pd.read_csv(tmp_path/'r'/'recommendations.csv'))
+    assert main(['evaluate', str(tmp_path/'c'), '-k', '4'])==0 and main(['similar', str(tmp_path/'c'), '-k', '3'])==0
+    assert 'RMSE' not in capsys.readouterr().out
+    assert main(['fit', str(tmp_path/'c.csv'), '--model', 'nn', '--out', str(tmp_path/'n')])==2 and not (tmp_path/'n').exists()
+
 def test_ask(fitted, capsys):
     out = str(fitted/'out')
     assert main(['evaluate', out, '-k', '4'])==0
