@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['item_facts', 'Explorer']
 
-# %% ../nbs/14d_explorer.ipynb #82bdf62f
+# %% ../nbs/14d_explorer.ipynb #25d82c5e
 import math
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from .core import *
 from .sources import *
 from .data import *
 from .models import *
+from .losses import *
 from .learner import *
 from .recommend import *
 from .newcomers import *
@@ -160,7 +161,7 @@ def lists(self:Explorer,
                         why=[(o, self.titles['item'][o], r) for o,r in why]))
     return res
 
-# %% ../nbs/14d_explorer.ipynb #9bc8b017
+# %% ../nbs/14d_explorer.ipynb #bbb40759
 @patch
 def newcomer(self:Explorer,
     ratings:dict, # {row of an item, from 0: rating}
@@ -169,15 +170,15 @@ def newcomer(self:Explorer,
     if not ratings: raise ValueError("a new user needs at least one rating")
     bad = [r for r in ratings.values() if not math.isfinite(r)]
     if bad: raise ValueError(f"a rating should be a number, got {bad[0]}")
-    if not hasattr(self, '_prior'):
+    ranks = isinstance(self.learn.loss_func, RankingLoss) # its rows are found by steps, without a prior of ratings
+    if not ranks and not hasattr(self, '_prior'):
         ds = self.learn.dls.train_ds
         self._prior = RowPrior(self.learn.model, ds.subset(torch.arange(0, len(ds), max(1, len(ds)//1_000_000), device=ds.x.device)))
         lo,hi = self.learn.model.y_range or (0., 5.)
         if not len(ds): self._prior.noise = torch.tensor(((hi-lo)/5)**2, device=self._prior.mean.device)
     who = 'new user' if self.users.dtype==object or not pd.api.types.is_numeric_dtype(self.users) else int(self.users.max())+1
     df = pd.DataFrame({self.user_name:who, self.item_name:self.items.take(list(ratings)), self.learn.dls.train_ds.rating_name or 'rating':list(ratings.values())})
-    empty = self.alone(-2)
-    return empty.fold_in(df, prior=self._prior),who
+    return self.alone(-2).fold_in(df, prior=None if ranks else self._prior),who
 
 # %% ../nbs/14d_explorer.ipynb #0047851e
 @patch(as_prop=True)

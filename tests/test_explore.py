@@ -115,6 +115,21 @@ def test_other_bundles(tmp_path, kw, quiet):
     if kw.get('n_items')==10: assert 'a longer list' not in c.get(f'/user?id={ex.keys["user"][0]}').text
     assert c.get('/new?r=0:5').status_code==(400 if kw.get('model')=='nn' else 200)
 
+@pytest.mark.parametrize('model,loss', [(CosineProduct,FullSoftmaxLoss(temp=0.2)), (DotProduct,BPRLoss())])
+def test_a_new_user_of_a_model_of_lists(tmp_path, model, loss, quiet):
+    "What is asked for moves up; the model is left as it is"
+    df = synth_ratings(60, 40, 1200)
+    learn = cf_learner(CFDataLoaders.from_df(df, item_name='title', rating_name=None, seed=1, device='cpu'), model, n_factors=6, loss_func=loss, seed=1)
+    learn.fit(3, 0.02)
+    learn.save_bundle(tmp_path)
+    ex = Explorer(tmp_path)
+    before = [p.clone() for p in ex.learn.model.parameters()]
+    assert TestClient(explore_app(ex), base_url='http://localhost').get('/new?r=0:1&r=4:1').status_code==200
+    (one,a),(two,b) = (ex.newcomer({i:1.}) for i in (0,4))
+    place = lambda l,u,i: top_items(l, l.dls.encode_ids([u], 'user'), 40, seen=None)[0][0].tolist().index(i+1)
+    assert place(one, a, 0)<place(two, b, 0) and place(two, b, 4)<place(one, a, 4)
+    assert all(torch.equal(p, q) for p,q in zip(before, ex.learn.model.parameters()))
+
 def test_long_titles_are_cut_where_they_are_reasons(client):
     r = client.get('/new?r=2:5')
     whys = re.findall('class="why">.*?</small>', r.text, re.S)
