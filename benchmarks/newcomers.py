@@ -2,7 +2,7 @@
 
 The ratings are cut by time: the model is trained on the first 80%. Of the users who appear only later, with ten ratings or more
 there, the first half of the ratings is folded in and the second half is predicted. Lists are judged on the same rows, every rating a choice,
-by a dot product under a softmax (folded in by steps of its loss) and by iALS (by its own half step).
+by a dot product and by cosines under a softmax (folded in by steps of their loss) and by iALS (by its own half step).
 
     python benchmarks/newcomers.py            # three seeds
     python benchmarks/newcomers.py --quick    # one
@@ -38,11 +38,16 @@ def fit(df, seed):
 
 def rankers(train, known, asked, seed):
     "NDCG@10 of lists for the newcomers, folded in and trained again, and seconds of both"
-    def loaders(df): return CFDataLoaders.from_df(df, rating_name=None, valid_pct=0, seed=seed, bs=2048, device='cpu')
+    def loaders(df, **kwargs): return CFDataLoaders.from_df(df, rating_name=None, valid_pct=0, seed=seed, bs=2048, device='cpu', **kwargs)
     def softmax(df):
         learn = cf_learner(loaders(df), n_factors=64, loss_func=FullSoftmaxLoss(), cbs=Negatives(seed=seed), seed=seed, unk_p=0)
         torch.manual_seed(seed)
         with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(8, 0.02, wd=0.7)
+        return learn
+    def cosines(df):
+        learn = cf_learner(loaders(df, by_user=True), CosineProduct, n_factors=64, loss_func=FullSoftmaxLoss(temp=0.12, weight=1.2), seed=seed)
+        torch.manual_seed(seed)
+        with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(30, 0.01)
         return learn
     def ials(df):
         dls = loaders(df)
@@ -55,7 +60,7 @@ def rankers(train, known, asked, seed):
         rep = learn.evaluate(split=asked[['user','item']], bar=False)['NDCG@10']
         res[name] = float(rep.iloc[0])
         res.setdefault('popularity', float(rep['popularity']))
-    for name,make in (('softmax',softmax), ('iALS',ials)):
+    for name,make in (('softmax',softmax), ('cosines, softmax',cosines), ('iALS',ials)):
         early = make(train)
         judged(f'{name}, folded in', lambda: early.fold_in(known))
         judged(f'{name}, trained again', lambda: make(pd.concat([train,known])))
