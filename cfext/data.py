@@ -54,15 +54,15 @@ def decode(self:IdMap,
     ids = self.ids.astype(object).insert(0, '#na#')
     return ids.take(codes).to_numpy()
 
-# %% ../nbs/01b_data.ipynb #3eae1aff
+# %% ../nbs/01b_data.ipynb #9c11535b
 def _factorize(col):
     "Codes (from 0, -1 for missing) into the sorted unique values of a column, and those values"
     if isinstance(col.dtype, pd.CategoricalDtype): return col.cat.codes.to_numpy(),col.cat.categories
     if pd.api.types.is_integer_dtype(col.dtype) and not col.isna().any() and len(col):
-        ids = col.to_numpy(dtype=np.int64) if not isinstance(col.dtype, np.dtype) else col.to_numpy()
-        lo,hi = int(ids.min()),int(ids.max())
-        if hi-lo < max(4*len(ids), 1_000_000):
-            off = ids-lo if lo else ids
+        lo,hi = int(col.min()),int(col.max())
+        if hi-lo < max(4*len(col), 1_000_000) and hi<2**63:
+            ids = col.to_numpy() if isinstance(col.dtype, np.dtype) else col.to_numpy(dtype=np.int64)
+            off = ids.astype(np.int64)-lo if ids.dtype.itemsize<4 else ids-lo if lo else ids # in two bytes a difference may wrap
             there = np.zeros(hi-lo+1, bool)
             there[off] = True
             return (np.cumsum(there, dtype=np.int32)-1)[off],pd.Index(np.flatnonzero(there)+lo, dtype=ids.dtype)

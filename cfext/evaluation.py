@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['catalogue_measures', 'HeldOut', 'draw_candidates', 'judge', 'Report', 'evaluate', 'ListMetric', 'list_metrics']
 
-# %% ../nbs/10c_evaluation.ipynb #63f12d5a
+# %% ../nbs/10c_evaluation.ipynb #f09c25cb
 import re,warnings
 from types import SimpleNamespace
 
 import numpy as np,pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn,Tensor
 from fastai.learner import Metric
 from fastcore.all import *
 from .core import *
@@ -22,8 +22,9 @@ from .losses import *
 from .learner import *
 from .metrics import *
 from .recommend import *
+from .recommend import _as_index
 
-# %% ../nbs/10c_evaluation.ipynb #a814f97d
+# %% ../nbs/10c_evaluation.ipynb #88626bb5
 class HeldOut:
     "Who is judged: `users` (n,) codes, `targets` (m,2) pairs (row of `users`, item code; beyond `n_items` for an unknown item), `counts`"
     def __init__(self,
@@ -42,13 +43,17 @@ class HeldOut:
         targets = torch.stack([row, x[known&~again,1]], 1)
         self.counts = dict(held_out_rows=len(x), rows_of_unknown_users=int((~known).sum()), rows_of_unknown_items=int((known&lost).sum()),
                            rows_seen_before=int(again.sum()), users_judged=len(users), users_without_held_out_rows=dls.n_users-1-len(users))
-        if n_users and len(users)>n_users:
-            pick = torch.randperm(len(users), generator=torch.Generator().manual_seed(seed))[:n_users].sort().values.to(x.device)
-            place = torch.full((len(users),), -1, device=x.device)
-            place[pick] = torch.arange(n_users, device=x.device)
-            users,targets = users[pick],torch.stack([place[targets[:,0]], targets[:,1]], 1)[place[targets[:,0]]>=0]
-            self.counts['users_judged'] = n_users
         self.users,self.targets = users,targets
+        if n_users and len(users)>n_users: self.keep(torch.randperm(len(users), generator=torch.Generator().manual_seed(seed))[:n_users].sort().values.to(x.device))
+    def keep(self,
+        pick:Tensor, # (m,) rows of `users`, ascending
+    ):
+        "Judge these users alone"
+        place = torch.full((len(self.users),), -1, device=pick.device)
+        place[pick] = torch.arange(len(pick), device=pick.device)
+        row = place[self.targets[:,0]]
+        self.users,self.targets = self.users[pick],torch.stack([row, self.targets[:,1]], 1)[row>=0]
+        self.counts['users_judged'] = len(pick)
     @staticmethod
     def _again(dls, x, seen):
         if not seen: return torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -131,10 +136,10 @@ def judge(
     short = (recs<0)
     return res,dict(short_lists=int(short.any(1).sum()), empty_lists=int(short.all(1).sum()), lists_cut_in_a_tie=tied)
 
-# %% ../nbs/10c_evaluation.ipynb #939bae85
+# %% ../nbs/10c_evaluation.ipynb #bef693c6
 def _number(n, words):
     "'1 short list', '2 short lists': a number before words of which one is a plural"
-    return f'{n:,} ' + (re.sub(r'\b(row|user|list)s\b', r'\1', words, count=1) if n==1 else words)
+    return f'{n:,} ' + (re.sub(r'\b(row|user|list|candidate)s\b', r'\1', words, count=1) if n==1 else words)
 
 class Report(pd.DataFrame):
     "A frame of figures that says below itself who was judged and what was left out"
@@ -190,7 +195,7 @@ def _rating_report(learn, x, y):
     errs = {n: p.cpu()-y.cpu() for n,p in preds.items()}
     return pd.DataFrame({n: {'RMSE': (e**2).mean().sqrt().item(), 'MAE': e.abs().mean().item()} for n,e in errs.items()}).T
 
-# %% ../nbs/10c_evaluation.ipynb #da50dbc6
+# %% ../nbs/10c_evaluation.ipynb #60a17ef6
 def _protocol(learn, held, seen, candidates, n_sampled, seed):
     "What `top_items` is told, the words for it, and what column names get"
     dls,rest = learn.dls,' but those seen before' if seen else ''
@@ -202,16 +207,24 @@ def _protocol(learn, held, seen, candidates, n_sampled, seed):
     if not isinstance(candidates, (dict,pd.DataFrame)):
         codes = known_codes(dls, pd.Index(candidates))
         return dict(candidates=codes),f'{len(codes):,} items ranked{rest}',f' (of {len(codes):,})'
-    ids = pd.Index(dls.classes[dls.user_name].decode(held.users))
-    own = held.targets[held.targets[:,1]<dls.n_items].unbind(1)
-    only = tuple(torch.cat(o) for o in zip(own, id_pairs(dls, ids, candidates, 'na')))
+    given = lambda: id_pairs(dls, pd.Index(dls.classes[dls.user_name].decode(held.users)), candidates, 'na')
+    own = lambda: held.targets[held.targets[:,1]<dls.n_items].unbind(1)
+    (rows,codes),key = given(),lambda rows,codes: rows*dls.n_items+codes
+    wrong = ~torch.isin(key(rows, codes), key(*own()))&~HeldOut._again(dls, torch.stack([held.users[rows],codes], 1), seen)
+    some = rows[wrong].unique() # a right answer alone would be first in any list
+    named = candidates[dls.item_name] if isinstance(candidates, pd.DataFrame) else [i for v in candidates.values() for i in _as_index(v)]
+    held.counts.update(users_without_candidates=len(held.users)-len(some), unknown_candidates=int((dls.classes[dls.item_name].encode(pd.Index(named))==0).sum()))
+    held.keep(some)
+    only = tuple(torch.cat(o) for o in zip(own(), given()))
     return dict(only=only),'ranked among the candidates given for each',' (candidates)'
 
-# %% ../nbs/10c_evaluation.ipynb #59afeee9
-def _beside(dls, baselines):
+# %% ../nbs/10c_evaluation.ipynb #b7fe8d6f
+def _beside(dls, baselines, name):
     "The models to put beside, popularity first"
     if baselines is not None and not isinstance(baselines, dict): raise TypeError(f"`baselines` should be {{name: model}}, such as dict(EASE=EASE(dls)), not {type(baselines).__name__}")
     for n,m in (baselines or {}).items():
+        if n in (name,'popularity'): raise ValueError(f"`baselines`[{n!r}]: the report has a row of that name already; take another")
+        if not isinstance(m, nn.Module): raise TypeError(f"`baselines`[{n!r}] should be a model such as EASE(dls), not {m.__name__ if isinstance(m, type) else type(m).__name__}")
         had = tuple(getattr(m, o, getattr(dls, o)) for o in ('n_users','n_items'))
         if had!=(dls.n_users,dls.n_items):
             raise ValueError(f"`baselines`[{n!r}] knows {had[0]-1:,} users and {had[1]-1:,} items, these loaders {dls.n_users-1:,} and {dls.n_items-1:,}: make it from the same loaders")
@@ -224,7 +237,7 @@ def _put_figure(df, row, col, vals, interval, seed):
     b = bootstrap_interval(vals, interval, seed=seed)
     df.loc[row,f'{col} low'],df.loc[row,f'{col} high'] = b['low'],b['high']
 
-# %% ../nbs/10c_evaluation.ipynb #60b70c93
+# %% ../nbs/10c_evaluation.ipynb #c010ccaf
 @patch
 def evaluate(self:CFLearner,
     k:int=10, # places in each list
@@ -247,7 +260,7 @@ def evaluate(self:CFLearner,
     rates = getattr(self.model, 'rates', True) and not isinstance(self.loss_func, RankingLoss)
     res = _rating_report(self, x, y) if rates and y is not None else pd.DataFrame(index=[name])
     counts = dict(held.counts)
-    for n,m in {name: self.model, **_beside(dls, baselines)}.items():
+    for n,m in {name: self.model, **_beside(dls, baselines, name)}.items():
         if not len(held.users): break
         vals,more = judge(self if m is self.model else SimpleNamespace(model=m.to(dls.device), dls=dls), held, k, tuple(measures),
                           seen=seen if exclude_seen else None, bar=bar and hasattr(self, 'progress'), **kw)

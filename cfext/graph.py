@@ -90,7 +90,7 @@ def score_pairs(self:BuiltFactors,
     else: q,bi = (None if t is None else F.embedding(items, t) for t in self.sides('item'))
     return self.add_up(p@q.T if items.ndim==1 else torch.bmm(q, p[:,:,None])[:,:,0], bu, None if bi is None else bi[...,0])
 
-# %% ../nbs/04c_graph.ipynb #2f750772
+# %% ../nbs/04c_graph.ipynb #bd6438f1
 @patch
 def mean_row(self:BuiltFactors,
     on:bool, # the mean of the others? False: as it is built
@@ -104,7 +104,8 @@ def without_rows(self:BuiltFactors)->DotProduct: # or `DotProductBias`
     "Return a plain dot product of the same scores"
     P,Q,bu,bi = self.kept()
     tables = dict(user_factors=P, item_factors=Q, user_bias=P.new_zeros(len(P), 1) if bu is None else bu, item_bias=Q.new_zeros(len(Q), 1) if bi is None else bi)
-    res = (DotProduct if bu is None and bi is None else DotProductBias)(self.n_users, self.n_items, P.shape[1], self.y_range)
+    with torch.random.fork_rng(devices=[]): # what is drawn here is overwritten
+        res = (DotProduct if bu is None and bi is None else DotProductBias)(self.n_users, self.n_items, P.shape[1], self.y_range)
     res.load_state_dict({k: tables.get(k, v) for k,v in res.state_dict().items()})
     return res.to(P.device)
 

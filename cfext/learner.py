@@ -64,7 +64,7 @@ class RowWeights(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
-# %% ../nbs/06_learner.ipynb #28b46fdc
+# %% ../nbs/06_learner.ipynb #a8b2b85c
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
     mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
@@ -96,9 +96,10 @@ class CFLearner(Learner):
             self._tell(f"fastai's loop runs, since these callbacks act on each batch: {why}")
             super().all_batches()
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
+    def _set_device(self, b): return super()._set_device(b) if any(True for _ in self.model.parameters()) else to_device(b, self.dls.device)
     def _is_plain(self):
         "Are batches rows that lie where the model lies?"
-        rows,model = getattr(self.dl, 'device', None),next(self.model.parameters()).device
+        rows,model = getattr(self.dl, 'device', None),next(self.model.parameters(), next(self.model.buffers(), self.dl)).device
         return type(self.dl) is ResidentDL and rows.type==model.type and rows.index in (None,model.index)
     def _fast_epoch(self):
         if torch.device(self.dls.device).type!='cuda' or self.no_capture: return (lean_epoch if factor_hurdle(self) else factor_epoch)(self)

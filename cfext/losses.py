@@ -59,24 +59,25 @@ class HingeLoss(RankingLoss):
         self.margin = margin
     def row(self, pos, neg): return _mean_neg(F.relu(self.margin-pos+neg), neg)
 
-# %% ../nbs/04_losses.ipynb #b37f9368
+# %% ../nbs/04_losses.ipynb #86e1396a
 class WARPLoss(RankingLoss):
     "Weighted approximate-rank pairwise loss: the first violator, weighed by the rank it betrays (Weston, Bengio and Usunier 2011)"
     n_neg = 10
     def __init__(self,
         margin:float=1., # the difference of scores asked for
-        n_items:int|None=None, # items that could be drawn; None: `Negatives` fills it in from the loaders
+        n_items:int|None=None, # items that could be drawn; None: those of the loaders, as `Negatives` says
         *,
         reduction:str='mean', # over the rows: 'mean', 'sum' or 'none'
     ):
         super().__init__(reduction=reduction)
-        self.margin,self.n_items = margin,n_items
+        self.margin,self.n_items,self._there = margin,n_items,None
     def row(self, pos, neg):
-        if self.n_items is None: raise ValueError("`n_items` of WARPLoss is not known: pass it, or train with `cbs=Negatives()`")
+        n = ifnone(self.n_items, self._there)
+        if n is None: raise ValueError("`n_items` of WARPLoss is not known: pass it, or train with `cbs=Negatives()`")
         cost = F.relu(self.margin-pos+neg)
         draws = (neg>-torch.inf).cumsum(1)
         first = (cost>0).long().argmax(1, keepdim=True)
-        rank = (self.n_items-1)//draws.gather(1, first).clamp(min=1)
+        rank = (n-1)//draws.gather(1, first).clamp(min=1)
         harmonic = torch.digamma(rank.to(cost.dtype)+1)+0.5772156649015329
         return (harmonic*cost.gather(1, first))[:,0]
 

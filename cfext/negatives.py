@@ -230,7 +230,7 @@ def _hard(self:NegativeSampler, users, pos, gen, score):
     top,at = s.topk(self.n_neg, dim=1)
     return pool.gather(1, at),top>-torch.inf,None
 
-# %% ../nbs/04a_negatives.ipynb #db898463
+# %% ../nbs/04a_negatives.ipynb #72fb4770
 class Negatives(Callback):
     "Put the scores of negatives beside each prediction, for a `RankingLoss`"
     order,on_device = 15,True
@@ -263,10 +263,10 @@ def _setup(self:Negatives):
         raise TypeError(f"`Negatives` goes with a `RankingLoss` such as BPRLoss(), not {getattr(loss, '__name__', type(loss).__name__)}")
     if isinstance(loss, CCLLoss) and isinstance(self.model, CFModel) and not getattr(self.model, 'cosines', False):
         raise ValueError(f"CCLLoss takes cosines, and {type(self.model).__name__} gives scores of any size: use cf_learner(dls, CosineProduct, ...)")
-    if getattr(self, 'ds', None) is not ds:
-        n_neg = ifnone(self.n_neg, self.dls.train.bs if self.how=='batch' else loss.n_neg)
+    n_neg = ifnone(self.n_neg, self.dls.train.bs if self.how=='batch' else loss.n_neg)
+    if getattr(self, 'ds', None) is not ds or self.sampler.n_neg!=n_neg:
         self.ds,self.sampler = ds,NegativeSampler(ds, n_neg, self.how, also=getattr(self.dls, 'also_seen', (None,))[0], **self.kwargs)
-    if getattr(loss, 'n_items', 0) is None: loss.n_items = ds.n_items-1
+    if isinstance(loss, WARPLoss): loss._there = ds.n_items-1
 
 # %% ../nbs/04a_negatives.ipynb #5ac2259e
 def _pair_scores(model, users, items):

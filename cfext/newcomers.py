@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['RowPrior', 'ridge_rows']
 
-# %% ../nbs/10b_newcomers.ipynb #bcd16ad8
+# %% ../nbs/10b_newcomers.ipynb #e9fe139b
 import copy,warnings
 
 import numpy as np,pandas as pd
 import torch
 from torch import nn,Tensor
+from pandas.api.types import is_float_dtype,is_integer_dtype,is_numeric_dtype
 from fastcore.all import *
 from .core import *
 from .data import *
@@ -103,7 +104,7 @@ def ridge_rows(
         res[b] = _ridge_block(O[others[at]], c[others[at]], ratings[at], within<n[b][:,None], prior, model.y_range, check_pos(n_steps, 'n_steps'))
     return res
 
-# %% ../nbs/10b_newcomers.ipynb #bc982f79
+# %% ../nbs/10b_newcomers.ipynb #e8f21bb3
 def _bigger(model, role, n_new):
     "A copy of a model whose tables of one side have `n_new` more rows, each the mean of the known ones"
     new,n = copy.deepcopy(model),getattr(model, f'n_{role}s')+n_new
@@ -130,9 +131,14 @@ def _more_ids(m, ids):
     fresh = pd.Index(pd.unique(pd.Series(ids)))
     if fresh.isna().any(): raise ValueError(f"the rows hold {int(pd.isna(ids).sum())} missing ids: drop them first")
     fresh = fresh[m.encode(fresh)==0]
+    if is_integer_dtype(m.ids) and is_float_dtype(fresh): # the known ids would become floats too
+        if (odd := fresh[fresh!=fresh.astype(np.int64)]).size: raise TypeError(f"new ids such as {plain(odd[0])!r} among known ones that are whole numbers, such as {plain(m.ids[0])!r}")
+        fresh = fresh.astype(m.ids.dtype)
+    elif len(fresh) and is_numeric_dtype(m.ids)!=is_numeric_dtype(fresh):
+        raise TypeError(f"new ids such as {plain(fresh[0])!r} ({type(plain(fresh[0])).__name__}) among known ones such as {plain(m.ids[0])!r} ({type(plain(m.ids[0])).__name__}): give them the same type")
     return IdMap(m.ids.append(fresh) if len(fresh) else m.ids)
 
-# %% ../nbs/10b_newcomers.ipynb #3ae92ccd
+# %% ../nbs/10b_newcomers.ipynb #11428541
 def _flat(model):
     "The model; a plain dot product of the same scores where its factors are computed"
     if not isinstance(model, BuiltFactors): return model
@@ -160,12 +166,13 @@ def _solve_rows(model, ds, role, codes, solved, prior, n_steps=8):
     place[codes] = torch.arange(len(codes), device=codes.device)
     own,other = place[ds.x[:,j].long()],ds.x[:,1-j].long()
     hit = (own>=0)&solved[other]
+    if not hit.any(): return codes[:0]
     own,other,y = own[hit],other[hit],ds.y[hit,0]
     there = torch.bincount(own, minlength=len(codes))>0
     F_,B = (getattr(model, f'{role}_{k}', None) for k in ('factors','bias'))
     with torch.no_grad():
         if prior is not None:
-            rows = ridge_rows(model, own, other, y, prior, role, n_steps=n_steps) if len(own) else F_[:0]
+            rows = ridge_rows(model, own, other, y, prior, role, n_steps=n_steps)
             rows,at = rows[there[:len(rows)]],codes[there]
             F_[at] = rows[:,:F_.shape[1]]
             if B is not None: B[at] = rows[:,F_.shape[1]:]

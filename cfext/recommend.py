@@ -6,8 +6,9 @@
 __all__ = ['seen_items', 'seen_pairs', 'top_places', 'NaNScores', 'top_items', 'id_pairs', 'known_codes', 'mmr', 'lists_frame',
            'Popularity']
 
-# %% ../nbs/10_recommend.ipynb #28c8a8a6
+# %% ../nbs/10_recommend.ipynb #f60736af
 import threading,warnings
+from collections import abc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -186,9 +187,10 @@ def top_items(
         for _ in progress_bar(done, total=len(cuts), leave=False) if bar and len(cuts)>1 else done: pass
     return recs,vals
 
-# %% ../nbs/10_recommend.ipynb #3c536ba4
+# %% ../nbs/10_recommend.ipynb #1d6a8a70
 def _as_index(ids):
     "One id or several as an Index"
+    if isinstance(ids, (abc.Set,abc.ValuesView,abc.Iterator)): ids = list(ids)
     return pd.Index([plain(ids)] if np.ndim(ids)==0 else ids)
 
 def id_pairs(
@@ -200,10 +202,12 @@ def id_pairs(
     "Turn sets of items, a set a user, into pairs"
     user,item = dls.cat_names
     if not isinstance(sets, pd.DataFrame):
-        sets = pd.DataFrame({user: pd.Index(list(sets)).repeat([len(v) for v in sets.values()]), item: [i for v in sets.values() for i in v]})
+        own = [_as_index(v) for v in sets.values()]
+        sets = pd.DataFrame({user: pd.Index(list(sets)).repeat([len(v) for v in own]), item: [i for v in own for i in v]})
     check_cols(sets, user_name=user, item_name=item)
     left = pd.DataFrame({user: ids, '_row': np.arange(len(ids))})
-    both = left.merge(sets[[user,item]], on=user) if len(sets) else left.iloc[:0].assign(**{item: []})
+    try: both = left.merge(sets[[user,item]], on=user) if len(sets) else left.iloc[:0].assign(**{item: []})
+    except ValueError: raise TypeError(f"the sets are of users such as {sets[user].iloc[0]!r}, and the users asked for are such as {plain(ids[0])!r}: give both as the same kind of value") from None
     codes = dls.classes[item].encode(both[item])
     if unk=='raise' and (codes==0).any(): raise UnknownIdError('item', pd.unique(both[item][codes==0]), "leave them out: what training has not seen has no score")
     keep = codes>0
@@ -350,7 +354,7 @@ def similar_users(self:CFLearner,
     "Find the `k` users whose factors have the largest cosine with each of `users`"
     return _nearest(self, 'user', users, k)
 
-# %% ../nbs/10_recommend.ipynb #ec368543
+# %% ../nbs/10_recommend.ipynb #13c85541
 class Popularity(CFModel):
     "Scores each item by its training rows, the same for everybody"
     rates = False
@@ -359,5 +363,7 @@ class Popularity(CFModel):
     ):
         super().__init__(dls.n_users, dls.n_items)
         self.register_buffer('count', torch.bincount(dls.train_ds.x[:,1].long(), minlength=dls.n_items).float())
+    @classmethod
+    def from_dls(cls, dls, **kwargs): return cls(dls)
     def forward(self, x): return self.count[x[:,1:]]
     def score_items(self, users): return self.count.expand(len(users), -1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_sides', 'encode_sides', 'SideProduct']
 
-# %% ../nbs/10d_sides.ipynb #2e7e04f2
+# %% ../nbs/10d_sides.ipynb #25882189
 import warnings
 
 import numpy as np,pandas as pd
@@ -19,8 +19,9 @@ from .data import *
 from .models import *
 from .graph import *
 from .learner import *
+from .newcomers import _learner_like
 
-# %% ../nbs/10d_sides.ipynb #97cfad5c
+# %% ../nbs/10d_sides.ipynb #a833a59e
 def _bags(col, sep):
     "The categories of each cell, as lists; a missing cell is an empty one"
     def bag(o):
@@ -43,6 +44,8 @@ def fit_sides(
         if c in cats or c in sep or not is_numeric_dtype(df[c]) or is_bool_dtype(df[c]):
             bags = _bags(df[c], sep.get(c))
             levels = sorted({v for b in bags for v in b}, key=lambda o: (type(o).__name__, o))
+            odd = next((v for v in levels if not isinstance(v, (str,int,float))), None)
+            if odd is not None: raise TypeError(f"feature {c!r} holds {type(odd).__name__} such as {odd}: give text, or a number such as a date's year, or leave the column out")
             res.append(dict(name=c, levels=levels, slots=max(map(len, bags), default=0), sep=sep.get(c)))
         else:
             v = df[c].to_numpy(dtype=float, na_value=np.nan)
@@ -171,7 +174,7 @@ def from_dls(cls:SideProduct,
     for role,t in sides.items(): model.set_sides(role, t)
     return model
 
-# %% ../nbs/10d_sides.ipynb #b0d2c484
+# %% ../nbs/10d_sides.ipynb #d4a0df79
 @patch
 def add_ids(self:CFLearner,
     features:pd.DataFrame, # a row an id, known ones among them or not, with the columns that the model was made with
@@ -183,6 +186,7 @@ def add_ids(self:CFLearner,
     name = dls.cat_names[check_choice(role, 'role', ('user','item'))=='item']
     check_cols(features, **{f'{role}_name':name})
     old = dls.classes[name]
+    if features[name].isna().any(): raise ValueError(f"{name!r} holds {int(features[name].isna().sum())} missing ids: drop them first")
     fresh = features[~features[name].isin(old.ids)]
     if not len(fresh): raise ValueError(f"all {len(features)} ids of `features` are known already")
     new,miss = encode_sides(model.config[f'{role}_spec'], fresh, name, pd.Index(fresh[name]))
@@ -195,6 +199,4 @@ def add_ids(self:CFLearner,
     dss = [Ratings(d.x, d.y, classes, d.rating_name, d.w) for d in (dls.train_ds,dls.valid_ds)]
     res = type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)
     res.unk,res.also_seen = dls.unk,dls.also_seen
-    drop = [cb.p for cb in self.cbs if isinstance(cb, IdDropout)]
-    return cf_learner(res, grown, loss_func=self.loss_func, opt_func=self.opt_func, lr=self.lr, wd=self.wd, unk_p=drop[0] if drop else 0,
-                      metrics=list(self.metrics), path=self.path)
+    return _learner_like(self, res, grown)

@@ -9,7 +9,8 @@ from cfext.data import _encode_train
 
 pytestmark = pytest.mark.usefixtures('quiet')
 dtypes = dict(int64=lambda s: s, int32=lambda s: s.astype('int32'), uint8=lambda s: s.astype('uint8'), nullable=lambda s: s.astype('Int64'),
-              arrow_int=lambda s: s.astype('int64[pyarrow]'), float=lambda s: s.astype(float), big=lambda s: s+10**15, negative=lambda s: s-50,
+              arrow_int=lambda s: s.astype('int64[pyarrow]'), float=lambda s: s.astype(float), big=lambda s: s+10**15, negative=lambda s: s-50, int8_wide=lambda s: (s*4-125).astype('int8'), int16_wide=lambda s: (s*1000-30000).astype('int16'),
+              uint64_huge=lambda s: s.astype('uint64')+np.uint64(2**63+5), nullable_huge=lambda s: s.astype('UInt64')+(2**63+5),
               str=lambda s: s.map('u{:03}'.format), string=lambda s: s.map('u{:03}'.format).astype('string'),
               arrow_str=lambda s: s.map('u{:03}'.format).astype('string[pyarrow]'), object=lambda s: s.map('u{:03}'.format).astype(object),
               category=lambda s: s.astype('category'), category_str=lambda s: s.map('u{:03}'.format).astype('category'),

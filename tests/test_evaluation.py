@@ -214,3 +214,26 @@ def test_measures_agree_with_torchmetrics():
         metric = cls(top_k=k, empty_target_action='skip')
         metric.update(s.reshape(-1), rel.reshape(-1), indexes=idx)
         assert list_measures[name](*hits).nanmean().item()==pytest.approx(metric.compute().item(), abs=1e-6), name
+
+def test_users_without_a_candidate_are_left_out_and_counted(learn):
+    "A right answer alone would be first in any list"
+    dls = learn.dls
+    held,user,ids = HeldOut(dls, dls.valid_ds.x),dls.user_name,dls.classes
+    u,v,w = ids[user].decode(held.users[:3])
+    titles,own = list(ids['title'].ids),list(ids['title'].decode(held.targets[(held.targets[:,0]==1)&(held.targets[:,1]<dls.n_items),1]))
+    seen = ids['title'].decode(dls.train_ds.x[dls.train_ds.x[:,0]==held.users[2],1])
+    given = {u:titles[:60], v:[*own,'Nowhere','Nowhere else'], w:list(seen)}
+    rep = learn.evaluate(k=5, candidates=given)
+    assert rep.counts.users_judged==1 and rep.counts.users_without_candidates==len(held.users)-1 and rep.counts.unknown_candidates==2
+    assert '2 unknown candidates' in rep.note
+    right = held.targets[(held.targets[:,0]==0)&(held.targets[:,1]<dls.n_items),1]
+    codes = torch.cat([known_codes(dls, titles[:60]), right]).unique()
+    assert rep['NDCG@5 (candidates)'].iloc[0]==pytest.approx(judge(learn, held, 5, candidates=codes)[0]['NDCG'][0].item())
+    frame = pd.DataFrame([(a,i) for a,o in given.items() for i in o], columns=[user,'title'])
+    pd.testing.assert_frame_equal(rep, learn.evaluate(k=5, candidates=frame))
+    assert learn.evaluate(candidates={}).counts.users_judged==0
+
+def test_baselines_do_not_take_the_models_place(learn):
+    for n in ('popularity',type(learn.model).__name__):
+        with pytest.raises(ValueError, match='a row of that name already'): learn.evaluate(baselines={n:EASE(learn.dls)})
+    with pytest.raises(TypeError, match=r"should be a model such as EASE\(dls\), not EASE"): learn.evaluate(baselines=dict(EASE=EASE))

@@ -320,3 +320,20 @@ def test_on_a_gpu(loss, kw):
     assert neg.is_cuda and keep.all() and not s.items.has(x[:,0], neg).any()
     host = NegativeSampler(dls.train_ds.subset(slice(None)).to('cpu'), 50, 'popularity')
     assert torch.equal(host.items.gaps, s.items.gaps.cpu())
+
+def test_losses_and_negatives_go_with_the_loaders_of_the_fit():
+    "The same loss on other loaders, another loss on the same learner"
+    df = synth_ratings(40, 30, 600)
+    loaders = lambda d: CFDataLoaders.from_df(d, item_name='title', rating_name=None, seed=1, device='cpu')
+    warp,seen = WARPLoss(),[]
+    for d in (df, df[df.title.isin(df.title.unique()[:10])]):
+        learn = cf_learner(loaders(d), n_factors=3, loss_func=warp, seed=1)
+        with learn.no_bar(),learn.no_logging(): learn.fit(1)
+        assert warp.n_items is None and warp._there==learn.dls.n_items-1 and warp.config['n_items'] is None
+    bpr = cf_learner(loaders(df), n_factors=3, loss_func=BPRLoss(), seed=1)
+    with bpr.no_bar(),bpr.no_logging():
+        bpr.fit(1)
+        assert bpr.negatives.sampler.n_neg==1
+        bpr.loss_func = SampledSoftmaxLoss()
+        bpr.fit(1)
+    assert bpr.negatives.sampler.n_neg==64

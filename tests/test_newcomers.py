@@ -247,3 +247,20 @@ def test_partial_fit_bad_input(pair):
     with pytest.raises(ValueError, match="`how`='sgd'"): learn.partial_fit(new, how='sgd')
     with pytest.raises(ValueError, match="goes with IALS"): learn.partial_fit(new, how='ials')
     with pytest.raises(ValueError, match='goes with a ranking loss'): learn.fold_in(new, how='steps')
+
+def test_new_items_known_by_new_users_alone():
+    "The first round has nothing to solve them by, the next one has"
+    df = synth_ratings(60, 40, 1200)
+    learn = cf_learner(CFDataLoaders.from_df(df, item_name='title', seed=1, device='cpu'), n_factors=3, y_range=(0.5,5.5), seed=1)
+    new = learn.partial_fit(pd.DataFrame(dict(user=[9001,9001,7], title=['new film',df.title[0],df.title[1]], rating=[5.,4.,3.])))
+    assert new.dls.classes['title'].encode(['new film'])[0]==learn.dls.n_items and new.model.item_bias.isfinite().all()
+
+@pytest.mark.parametrize('shift', [0,10**18])
+def test_ids_stay_what_they_were(shift):
+    df = synth_ratings(60, 40, 1200)
+    learn = cf_learner(CFDataLoaders.from_df(df.assign(user=df.user+shift), item_name='title', seed=1, device='cpu'), n_factors=3, seed=1)
+    rows = lambda u: pd.DataFrame(dict(user=[u], title=[df.title[0]], rating=[5.]))
+    new = learn.fold_in(rows(9001.))
+    assert new.dls.classes['user'].ids.dtype==np.int64 and new.recommend([9001], k=1).user.tolist()==[9001] and len(new.recommend([7+shift], k=1))==1
+    with pytest.raises(TypeError, match='such as 9001.5 among known ones that are whole numbers'): learn.fold_in(rows(9001.5))
+    with pytest.raises(TypeError, match=r"such as '7' \(str\) among known ones such as"): learn.fold_in(rows('7'))

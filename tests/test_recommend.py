@@ -262,3 +262,29 @@ def test_popularity_is_left_as_it_was(learn):
     before = pop.model.count.clone()
     pop.recommend([5], k=3), pop.recommend(k=3)
     assert torch.equal(pop.model.count, before)
+
+def test_ids_in_any_container():
+    "A title is one id, wherever it stands; sets and keys are lists of ids; users of another kind are an error with the mend"
+    df = synth_ratings(40, 30, 600)
+    dls = CFDataLoaders.from_df(df, item_name='title', seed=1, device='cpu')
+    learn = cf_learner(dls, n_factors=3, seed=1)
+    a,b = dls.classes['title'].ids[:2]
+    every = dict(k=30, exclude_seen=False)
+    full = learn.recommend(7, **every)
+    for out in (a, [a], {a}, {7:a}, {7:{a}}): pd.testing.assert_frame_equal(learn.recommend(7, **{**every, 'k':29}, exclude=out).drop(columns='rank'), full[full.title!=a].reset_index(drop=True).drop(columns='rank'))
+    for own in ([a,b], {a,b}, {7:[a,b]}, {7:{a,b}}, {7:pd.Series([a,b])}): assert set(learn.recommend(7, k=2, candidates=own, exclude_seen=False).title)=={a,b}
+    for us in ({7,3}, {7:0,3:0}.keys(), iter([7,3]), (7,3)): assert set(learn.recommend(us, k=1).user)=={7,3}
+    with pytest.raises(TypeError, match="users such as '7', and the users asked for are such as 7"): learn.recommend([7], candidates={'7':[a]})
+
+def test_models_without_parameters():
+    dls = CFDataLoaders.from_df(synth_ratings(40, 30, 600), item_name='title', rating_name=None, seed=1, device='cpu')
+    learn = cf_learner(dls, Popularity)
+    assert learn.predict((7,dls.classes['title'][1]))[2].item()==learn.model.count[1] and len(learn.validate())==1
+    assert learn.recommend([7,3], k=2).user.tolist()==[7,7,3,3]
+
+def test_lists_draw_no_random_numbers():
+    dls = CFDataLoaders.from_df(synth_ratings(40, 30, 600), item_name='title', rating_name=None, seed=1, device='cpu')
+    learn = cf_learner(dls, LightGCN, n_factors=4, loss_func=BPRLoss(), seed=1)
+    before = torch.get_rng_state()
+    learn.recommend(None, k=2)
+    assert torch.equal(before, torch.get_rng_state())

@@ -93,3 +93,14 @@ def test_ml100k_films_that_nobody_rated(data_dir, quiet):
     newest = cands[torch.from_numpy(np.argsort(-its.set_index('item').year[cold].fillna(0).to_numpy(), kind='stable').copy())][:10].expand(len(us), -1)
     ndcg = [ndcg_at_k(*hit_matrix(r, torch.stack([row,item], 1))).nanmean().item() for r in (recs,lots,newest)]
     assert ndcg[0]>1.5*max(ndcg[1:]), ndcg
+
+def test_what_a_bundle_cannot_hold_is_refused_at_once_and_negatives_stay():
+    df = synth_ratings(60, 40, 1200)
+    sides = df.drop_duplicates('title')[['title','genre']]
+    for vals in (pd.to_datetime(['2001-01-01']*len(sides)), [('a','b',pd.Timestamp(0))]*len(sides)):
+        with pytest.raises(TypeError, match="feature 'out' holds Timestamp such as .*: give text, or a number such as a date's year"): fit_sides(sides.assign(out=vals), 'title')
+    dls = CFDataLoaders.from_df(df, item_name='title', rating_name=None, seed=1, device='cpu')
+    learn = cf_learner(dls, SideProduct, n_factors=3, loss_func=BPRLoss(), config=dict(items=sides), cbs=Negatives(5, 'popularity'), seed=1)
+    later = learn.add_ids(sides[:1].assign(title='new'))
+    assert (later.negatives.n_neg,later.negatives.how)==(5,'popularity')
+    with pytest.raises(ValueError, match='holds 1 missing ids'): learn.add_ids(sides[:1].assign(title=None))
