@@ -17,6 +17,7 @@ pieces = {'kernels':  (120, '-m pytest -q -x -p no:cacheprovider tests/test_kern
           'topk':     (90,  'benchmarks/topk.py'),
           'big':      (240, 'benchmarks/loop.py --only big'),
           'tests':    (180, '-m pytest -q -m cuda -p no:cacheprovider tests'),
+          'stream':   (120, 'benchmarks/loop.py --only stream'),
           'growth':   (180, 'benchmarks/loop.py --only growth'),
           'rows':     (120, 'benchmarks/rows.py')}
 

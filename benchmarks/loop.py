@@ -1,7 +1,7 @@
 """Time of a training epoch: fastai, a plain PyTorch loop and cfext, side by side on the same rows and the same model.
 
     python benchmarks/loop.py                 # everything that this machine can do
-    python benchmarks/loop.py --only ml100k   # ml100k, big (needs a GPU), growth; the others stay in the record if it is of this machine
+    python benchmarks/loop.py --only ml100k   # ml100k, big (needs a GPU), stream, growth; the others stay in the record if it is of this machine
 
 Every contestant trains a dot product with biases (50 factors, sigmoid range) by AdamW over a one-cycle schedule, and visits every
 row once an epoch: fastai's own loader draws rows with replacement, and is given a permutation instead. One warm epoch each, then
@@ -52,8 +52,8 @@ def fastai_epoch(df, bs, take=None):
         return clock.s
     return epoch
 
-def cf_epoch(df, bs, fast=None, n_factors=50, valid_pct=0.2):
-    dls = CFDataLoaders.from_df(df[['user','item','rating']], bs=bs, seed=42, device=dev, valid_pct=valid_pct)
+def cf_epoch(df, bs, fast=None, n_factors=50, valid_pct=0.2, resident=None):
+    dls = CFDataLoaders.from_df(df[['user','item','rating']], bs=bs, seed=42, device=dev, valid_pct=valid_pct, resident=resident)
     learn = cf_learner(dls, n_factors=n_factors, y_range=(0,5.5), fast=fast)
     def epoch():
         clock = Clock()
@@ -152,9 +152,18 @@ def growth(args):
     for k,v in res.items(): print(k, v, flush=True)
     return {'growth':res}
 
+def stream(args):
+    "What it costs that rows stay in host memory and are sent a block ahead"
+    n,res = 20_000_000 if cuda else 1_000_000,{}
+    df = synth(n)
+    for bs in (8192,65536):
+        print(f'{n:,} rows, bs {bs}, rows on the device and in host memory')
+        res[f'{n/1e6:g}M rows in host memory, bs {bs}'] = side_by_side({'streamed':cf_epoch(df, bs, resident=False), 'resident':cf_epoch(df, bs, resident=True)}, args.repeats)
+    return res
+
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--only', nargs='*', default=['ml100k','big','growth'])
+    p.add_argument('--only', nargs='*', default=['ml100k','big','stream','growth'])
     p.add_argument('--repeats', type=int, default=5)
     args = p.parse_args()
     name = 'loop' if cuda else 'loop_cpu'

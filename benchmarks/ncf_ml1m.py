@@ -6,7 +6,8 @@ which decides popularity's figures (.4538 / .2545; with ties against, also print
 user's own film is among the 99 (156 users, a defect of the original) it is not compared with itself.
 
 Choices are made on validation rows: the last training row of each user is held out, with 99 films drawn from those the user has no
-training row of. The best setting of each model is fitted anew to all training rows, and only that meets the test.
+training row of. The best setting of each model is fitted anew to all training rows, and only that meets the test. The factors of
+several models side by side are those of a wider dot product, whose scores are the sum of theirs; their weight is chosen alike.
 
 That the last row is the latest one is not written in the training file, which has no times. Its rows are in order of time within a
 user all the same: matched with the sequences of the SASRec paper's file (by which users have which films, which is one to one), all
@@ -21,6 +22,7 @@ their figures compare.
 import gzip,json,sys,time,warnings
 
 import numpy as np,pandas as pd,torch
+from fastcore.basics import noop
 from cfext import *
 from common import data_dir,here,mean_sd,record
 
@@ -76,6 +78,24 @@ def ials(dls, seed, recent=0., half=20, **kw):
     ds.w = None
     return model
 
+members = {}
+def side_by_side(dls, seed, weight, n=3):
+    "Three of iALS and three of cosines, their factors side by side: a dot product whose score is the sum of theirs"
+    def tables(name, s):
+        if (id(dls),name,s) not in members:
+            make,grid = makers[name]
+            m = make(dls, s, **(grid[3] if name=='dot, iALS' else grid[1])) # the settings that validation chose for each alone
+            unit = (lambda t: torch.nn.functional.normalize(t, dim=1)) if isinstance(m, CosineProduct) else noop
+            members[id(dls),name,s] = unit(m.user_factors.detach()),unit(m.item_factors.detach())
+        return members[id(dls),name,s]
+    parts = [(tables(name, seed*n+j),w) for name,w in (('dot, iALS',1.),('cosine, full softmax',weight)) for j in range(n)]
+    P,Q = torch.cat([p for (p,_),_ in parts], 1),torch.cat([q*w for (_,q),w in parts], 1)
+    model = DotProduct(dls.n_users, dls.n_items, P.shape[1])
+    with torch.no_grad():
+        model.user_factors.copy_(P)
+        model.item_factors.copy_(Q)
+    return model
+
 makers = {
     'popularity': (lambda dls,seed: Popularity(dls), [{}]),
     'item-kNN':   (lambda dls,seed,**kw: ItemKNN(dls, **kw), [dict(k=n, shrink=s) for n in (50,100,200) for s in (10.,)]),
@@ -83,8 +103,9 @@ makers = {
     'dot, iALS':  (ials, [dict(n_factors=64, alpha0=a, lam=0.003) for a in (0.15,0.3,0.6)] + [dict(n_factors=n, alpha0=0.3, lam=l) for n,l in ((128,0.006),(256,0.006),(256,0.01))]),
     'dot, iALS, recent rows first': (ials, [dict(n_factors=64, alpha0=0.3, lam=0.003, recent=4., half=h) for h in (10,20)]),
     'dot, full softmax': (lambda dls,seed,**kw: dot(dls, seed, **kw), [dict(lr=0.02, wd=wd, epochs=30, n_factors=64, a=0.5) for wd in (0.05,0.2)]),
-    'cosine, full softmax': (lambda dls,seed,**kw: dot(dls, seed, model=CosineProduct, **kw), [dict(lr=0.01, wd=0., epochs=30, n_factors=64, temp=t, weight=w) for t,w in ((0.09,1.),(0.12,1.),(0.15,1.),(0.12,1.1))])}
-seeded = ('dot, iALS','dot, iALS, recent rows first','dot, full softmax','cosine, full softmax')
+    'cosine, full softmax': (lambda dls,seed,**kw: dot(dls, seed, model=CosineProduct, **kw), [dict(lr=0.01, wd=0., epochs=30, n_factors=64, temp=t, weight=w) for t,w in ((0.09,1.),(0.12,1.),(0.15,1.),(0.12,1.1))]),
+    'dot, iALS and cosines side by side': (side_by_side, [dict(weight=w) for w in (0.3,0.5,0.7,1.,1.5)])}
+seeded = ('dot, iALS','dot, iALS, recent rows first','dot, full softmax','cosine, full softmax','dot, iALS and cosines side by side')
 
 def save(res):
     "Record what there is so far"

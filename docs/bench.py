@@ -126,9 +126,9 @@ def awaited(src, done):
     res = []
     for f in sorted(src.glob('*.py')):
         text = f.read_text(encoding='utf-8')
-        halves = re.findall(r"record\('(\w+)' if cuda else '(\w+)'", text) or [(b,a) for a,b in re.findall(r"record\('(\w+)' if device=='cpu' else '(\w+)'", text)]
+        halves = re.findall(r"'(\w+)' if cuda else '(\1_cpu)'", text) or [(b,a) for a,b in re.findall(r"'(\w+)' if [\w.]*device=='cpu' else '(\1_gpu)'", text)]
         names = halves[0] if halves else (f.stem,)
-        if '__main__' not in text: continue
+        if '__main__' not in text or 'record(' not in text: continue
         for n in names:
             if n not in done and not any(k.startswith(f.stem+'_') for k in done if not halves):
                 res.append((n, (ast.get_docstring(ast.parse(text)) or '').split('\n\n')[0].replace('\n', ' '), f'`python benchmarks/{f.name}`' + (', on a GPU' if halves and n==halves[0][0] else '')))

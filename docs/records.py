@@ -90,7 +90,8 @@ def loop(d):
         if f := at(o, 'times_faster'):
             first = next(iter(f))
             v.parts.append(chart([Row(n, [s], ours=n=='cfext') for n,s in f.items()], f'{k}: how many times as fast as {first}', 'times', bars=True, less=False))
-        v.held += [Held(f'{k}, seconds', at(o, 'seconds', 'cfext'), at(o, 'seconds', n), n, time=True) for n in o['seconds'] if n!='cfext']
+        v.held += [Held(f'{k}, seconds', at(o, 'seconds', 'cfext'), at(o, 'seconds', n), n, time=True) for n in o['seconds'] if n!='cfext' and 'cfext' in o['seconds']]
+        if t := at(o, 'seconds', 'streamed'): v.short.append(f'{k}: an epoch takes {num(t/o["seconds"]["resident"])} times as long as with rows on the device.')
         if is_num(o.get('share_of_copy_bandwidth')): v.short.append(f'{k}: the epoch moves {100*o["share_of_copy_bandwidth"]:.0f}% of what a plain copy moves in that time ({num(o.get("copy_gib_s"))} GiB/s).')
     v.parts += growth(at(d, 'growth'))
     if not sides: v.short.append('No epochs side by side are in this record.')
@@ -104,6 +105,13 @@ def growth(g):
     pick = lambda o,k: {float(n):r[k] for n,r in o.items() if isinstance(r, dict) and k in r}
     figs = [lines({what:pick(o, key)}, f'As {names.get(k, k)} grow', names.get(k, k), y) for k,o in g.items() for what,key,y in (('epoch','s','seconds an epoch'),('step','us_a_step','microseconds a batch'))]
     return ['<p>Growth of cfext alone, synthetic ratings, one thing at a time:</p>', together(figs)]
+
+def host(d):
+    v,names = View("What the processor does for a GPU's epoch"),dict(loop='one learner, its training part', epoch='one learner, all of the epoch', eight='eight learners, `fit_many`')
+    for k,o in d.items():
+        if at(o, 'ms'): v.parts.append(chart([Row(names.get(n, n).replace('`', ''), [s], {'the least seen':at(o, 'least', n)}, True) for n,s in o['ms'].items()], f'{k}: an epoch with kernels that do nothing', 'milliseconds of the processor', bars=True, less=True))
+    v.short.append('This is the least that an epoch takes, whatever the GPU: schedules, rows, books, callbacks. Eight learners at once cost about as many times that as there are learners.')
+    return v
 
 def rows_touched(d):
     v,figs = View('Where `RowAdam` begins to pay'),[]
@@ -319,7 +327,7 @@ def lightgcn_layout(d):
     if d.get('data')=='synthetic': v.short.append('The data are made up, of the size of a public set: the record is for the time that it takes, nothing published is held against it.')
     return v
 
-views = dict(lesson=lesson, loaders=loaders, loop=loop, loop_cpu=loop, rows=rows_touched, rows_cpu=rows_touched, accumulate=accumulate, tta=tta, topk=topk, metrics_speed=metrics_speed,
+views = dict(lesson=lesson, loaders=loaders, loop=loop, loop_cpu=loop, host_cpu=host, rows=rows_touched, rows_cpu=rows_touched, accumulate=accumulate, tta=tta, topk=topk, metrics_speed=metrics_speed,
              bpr_speed=bpr_speed, ncf_ml1m=ncf_ml1m, ensembles_ml100k=ensembles_ml100k, features_10m=features_10m, features_ml100k=features_ml100k, rossmann=rossmann, emb_sizes=emb_sizes,
              char_rnn=char_rnn, sasrec=sasrec, fit_many=fit_many, newcomers=newcomers, ranking_ml100k=ranking_ml100k, lightgcn_layout=lightgcn_layout, lightgcn_layout_synthetic=lightgcn_layout)
 
