@@ -6,9 +6,9 @@
 __all__ = ['SWA', 'EMA', 'with_weights', 'Snapshots', 'rated_features', 'cat_features', 'GibbsMF', 'Langevin', 'DropoutDraw',
            'dropout_members']
 
-# %% ../nbs/07b_averaging.ipynb #e94bc36c
+# %% ../nbs/07b_averaging.ipynb #1ace096c
 import math,warnings
-from copy import deepcopy
+from copy import copy,deepcopy
 
 import pandas as pd
 import torch
@@ -22,9 +22,10 @@ from fastcore.all import *
 from .core import *
 from .data import *
 from .models import *
+from .negatives import *
 from .learner import *
 
-# %% ../nbs/07b_averaging.ipynb #522653c2
+# %% ../nbs/07b_averaging.ipynb #337b204d
 class _Lean(Callback):
     "A callback whose work on a batch needs nothing of fastai's loop; on a GPU it does need the host, so there it is asked each time"
     @property
@@ -51,7 +52,7 @@ class _Averaged(_Lean):
     "What `SWA` and `EMA` share: an `AveragedModel` beside the model, put in place when the fit has ended"
     order,buffers,swapped,avg = 75,False,False,None
     def before_fit(self):
-        if self.swapped: self._exchange() # the last fit was interrupted while it was validating
+        if self.swapped: self._exchange() # the last fit was interrupted before training went on
         self.avg = AveragedModel(self.learn.model, multi_avg_fn=self.multi_avg_fn, use_buffers=self.buffers) if _in_fit(self) else None
     def _exchange(self):
         _swap(self.learn.model, self.avg.module, self.buffers)
@@ -62,7 +63,7 @@ class _Averaged(_Lean):
         self.swapped = False
         if not self.buffers: update_bn(([b[:self.dls.n_inp]] for b in self.dls.train), _BatchOf(self.learn.model))
 
-# %% ../nbs/07b_averaging.ipynb #c88d880a
+# %% ../nbs/07b_averaging.ipynb #6a88a8f3
 class SWA(_Averaged):
     "Average the weights at the ends of the epochs after the first `start` of training"
     multi_avg_fn = None
@@ -81,15 +82,18 @@ class EMA(_Averaged):
         decay:float=0.99, # share of the average that is kept at each batch, 0 to 1; .99 looks back about 100 batches
     ):
         if not 0<decay<1: raise ValueError(f"`decay`={decay} should lie between 0 and 1")
-        self.decay,self.multi_avg_fn = decay,get_ema_multi_avg_fn(decay)
+        self.decay = decay
+    @property
+    def multi_avg_fn(self): return get_ema_multi_avg_fn(self.decay)
+    def __getstate__(self): return {**self.__dict__, 'avg':None, 'swapped':False} # what it averages by can't be pickled
     def after_step(self):
         if self.avg is not None: self.avg.update_parameters(self.learn.model)
     def before_validate(self):
         if self.avg is not None and not self.swapped and int(self.avg.n_averaged): self._exchange()
-    def after_validate(self):
+    def before_train(self):
         if self.swapped: self._exchange()
 
-# %% ../nbs/07b_averaging.ipynb #04d23c13
+# %% ../nbs/07b_averaging.ipynb #37e429d6
 def with_weights(
     learn:Learner, # the learner whose loaders, loss and metrics are shared
     state:dict, # what its model's `state_dict` gave at some time
@@ -97,24 +101,28 @@ def with_weights(
     "Make a learner with a model of its own that has these weights"
     model = deepcopy(learn.model)
     model.load_state_dict(state)
-    return type(learn)(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=learn.metrics, path=learn.path, model_dir=learn.model_dir)
+    cbs = [copy(cb) for cb in learn.cbs if isinstance(cb, (Negatives,RowWeights))] # what its validation goes by
+    return type(learn)(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=learn.metrics, path=learn.path, model_dir=learn.model_dir, cbs=cbs)
 
 def _state(model): return {k: v.detach().to('cpu', copy=True) for k,v in model.state_dict().items()}
 
 class _Keeps(_Lean):
-    "What callbacks share that keep weights in `states`"
+    "What callbacks share that keep weights in `states`, from the first training batch of a fit on: a validation between fits leaves them alone"
     order = 75
+    def before_fit(self): self.fits,self.active = _in_fit(self),False
+    def before_train(self):
+        if not self.fits or self.active: return
+        self.active,self.learn_,self.states = True,self.learn,[]
+        self.begin()
     def members(self)->list:
         "Make a learner of each of the weights kept"
         if not getattr(self, 'states', None): raise ValueError(f"{type(self).__name__} has kept no weights: pass it to a fit first, of enough epochs")
         return [with_weights(self.learn_, s) for s in self.states]
 
-# %% ../nbs/07b_averaging.ipynb #c21d90df
+# %% ../nbs/07b_averaging.ipynb #2331c6ff
 class Snapshots(_Keeps):
     "Keep the weights at each bottom of the learning rate and at the end of the fit"
-    def before_fit(self):
-        self.learn_,self.states,self.last,self.falling = self.learn,[],None,False
-        self.active = _in_fit(self)
+    def begin(self): self.last,self.falling = None,False
     def before_batch(self):
         if not (self.training and self.active): return
         lr = self.opt.hypers[-1]['lr']
@@ -218,7 +226,7 @@ def _side(x, j, n):
     starts = torch.cat([x.new_zeros(1), torch.bincount(x[:,j], minlength=n).cumsum(0)])
     return starts,order,x[order,1-j]
 
-# %% ../nbs/07b_averaging.ipynb #3e1c7afe
+# %% ../nbs/07b_averaging.ipynb #e145dcef
 class GibbsMF(_Keeps):
     "Draw a `DotProductBias` from its posterior: an epoch is a Gibbs sweep, and the model holds the latest draw"
     order = 90
@@ -235,13 +243,11 @@ class GibbsMF(_Keeps):
         if not lam>0: raise ValueError(f"`lam`={lam} should be above 0")
         store_attr()
 
-    def before_fit(self):
-        self.active = _in_fit(self)
-        if not self.active: return
+    def begin(self):
         m,ds = self.learn.model,self.dls.train_ds
         if type(m) is not DotProductBias or m.y_range is not None:
             raise TypeError("GibbsMF draws from a DotProductBias without `y_range` (the noise is Gaussian on the rating scale): cf_learner(dls, 'dot', y_range=None)")
-        self.learn_,self.states,self.tau = self.learn,[],1.
+        self.tau = 1.
         self.g = torch.Generator(ds.x.device).manual_seed(self.seed)
         x,self.y = ds.x.long(),ds.y[:,0]
         self.sides = [_side(x, j, n) for j,n in enumerate((m.n_users, m.n_items))]
@@ -255,7 +261,7 @@ class GibbsMF(_Keeps):
         if f.ndim!=2 or len(f)!=n: raise ValueError(f"`{name}` is of shape {tuple(f.shape)}, expected ({n}, any): a row for each code, 0 the unknown one")
         return f.to(self.g.device).float()
 
-# %% ../nbs/07b_averaging.ipynb #f5308efa
+# %% ../nbs/07b_averaging.ipynb #0194656c
 @patch
 def sweep(self:GibbsMF)->float: # root of the mean squared residual on the training rows
     "Draw users, items and the noise, each given the others"
@@ -276,12 +282,13 @@ def sweep(self:GibbsMF)->float: # root of the mean squared residual on the train
 
 @patch
 def before_train(self:GibbsMF):
+    _Keeps.before_train(self)
     if not self.active: return
     self.sweep()
     if self.epoch>=self.burn and (self.epoch-self.burn)%self.every==0: self.states.append(_state(self.learn.model))
     raise CancelTrainException()
 
-# %% ../nbs/07b_averaging.ipynb #4f329597
+# %% ../nbs/07b_averaging.ipynb #8ed8f166
 class Langevin(_Keeps):
     "Draw any ratings model from its posterior by (cyclical) stochastic gradient Langevin dynamics, in place of the optimizer"
     order = 75
@@ -300,11 +307,9 @@ class Langevin(_Keeps):
         check_pos(cycles, 'cycles')
         store_attr()
 
-    def before_fit(self):
-        self.active = _in_fit(self)
-        if not self.active: return
+    def begin(self):
         m,x = self.learn.model,self.dls.train_ds.x.long()
-        self.learn_,self.states,self.n,self.step_ = self.learn,[],len(x),0
+        self.n,self.step_ = len(x),0
         self.steps = max(1, self.n_epoch*len(self.dls.train))
         if self.eps*len(self.dls.train)>15: warnings.warn(f"`eps`={self.eps} times {len(self.dls.train)} batches an epoch is more than 15: the draws may run away; take a smaller `eps` or larger batches", stacklevel=2)
         self.g = torch.Generator(x.device).manual_seed(self.seed)
@@ -314,7 +319,7 @@ class Langevin(_Keeps):
             count[0] += sum(cb.p for cb in self.learn.cbs if isinstance(cb, IdDropout))*self.n # what is dropped counts for the unknown row
             for t in emb_tables(m)[role]: self.M[id(t)] = 1/(self.lam+self.tau*F.pad(count, (0, len(t)-len(count))))[:,None]
 
-# %% ../nbs/07b_averaging.ipynb #70346c1c
+# %% ../nbs/07b_averaging.ipynb #a97505d0
 @patch
 def phase(self:Langevin)->float: # 0 to 1
     "Return the share of the present cycle that has passed"
@@ -336,12 +341,11 @@ def before_step(self:Langevin):
 
 @patch
 def after_epoch(self:Langevin):
-    at = self.phase() or 1.
-    if self.active and at>self.explore: self.states.append(_state(self.learn.model))
+    if self.active and (self.phase() or 1.)>self.explore: self.states.append(_state(self.learn.model))
 
-# %% ../nbs/07b_averaging.ipynb #edbd3b17
+# %% ../nbs/07b_averaging.ipynb #fee75095
 class DropoutDraw(nn.Module):
-    "A model whose dropout stays on, with the same masks at every call"
+    "A model without some of its units, those that its dropout left out once; the same for every row and at every call"
     def __init__(self,
         model:nn.Module, # a model with dropout
         seed:int, # which masks
@@ -349,11 +353,19 @@ class DropoutDraw(nn.Module):
         super().__init__()
         self.model,self.seed = model,seed
     def forward(self, *xs):
-        drops = [m for m in self.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
-        with in_mode(self.model, self.training),torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            for m in drops: m.training = True
-            return self.model(*xs)
+        gen,hooks = torch.Generator().manual_seed(self.seed),[]
+        def drop(m, inp, out): # the same units for all rows, so that a row's prediction is its own
+            x = inp[0]
+            kept = torch.rand(1, *[n if type(m) is nn.Dropout or j<1 else 1 for j,n in enumerate(x.shape[1:])], generator=gen)>=m.p
+            return x*kept.to(x)/(1-m.p)
+        with in_mode(self.model, self.training):
+            for m in self.model.modules():
+                if not isinstance(m, nn.modules.dropout._DropoutNd) or not m.p: continue
+                m.training = False
+                hooks.append(m.register_forward_hook(drop))
+            try: return self.model(*xs)
+            finally:
+                for h in hooks: h.remove()
     def score_items(self, users): return score_by_forward(self, users, self.model.n_items)
 
 def dropout_members(

@@ -1,8 +1,11 @@
 "Averages of weights, snapshots, and draws from the posterior, against what they should be"
+import pickle
+
 import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from fastai.callback.core import Callback,CancelStepException
 from fastai.callback.schedule import *
+from fastai.callback.tracker import SaveModelCallback
 from cfext import *
 from cfext.averaging import *
 from cfext.averaging import _draw_rows,_hyper,_state
@@ -17,6 +20,9 @@ def make(model='dot', cbs=None, y_range=(0.5,5.5), bs=101, **kw):
 def quietly(learn, f='fit', *args, **kwargs):
     with learn.no_bar(),learn.no_logging(): getattr(learn, f)(*args, **kwargs)
     return learn
+
+def valid_loss(learn):
+    with learn.no_bar(): return learn.validate()[0]
 
 class Spy(Callback):
     order = 200
@@ -44,7 +50,7 @@ def test_ema_is_the_recursion_and_validates_with_it():
         if (j+1)%n==0: ends.append(avg)
     assert all(same(a, b, atol=1e-5) for a,b in zip(spy.valid, ends)) and len(spy.valid)==3
     assert same(_state(learn.model), ends[-1], atol=1e-5)
-    assert same(spy.epochs[0], spy.batches[n-1]), 'after validation the model goes on with its own weights'
+    assert same(spy.epochs[0], ends[0], atol=1e-5), 'the average stays until training goes on'
 
 def test_training_is_not_disturbed():
     a,b = Spy(),Spy()
@@ -141,7 +147,7 @@ def test_gibbs_leaves_the_generators_alone():
     before = torch.get_rng_state()
     cb = GibbsMF(1, 1)
     cb.learn,learn.epoch,learn.n_epoch = learn,0,1
-    cb.before_fit(); cb.sweep()
+    cb.before_fit(); cb.begin(); cb.sweep()
     assert torch.equal(before, torch.get_rng_state())
 
 def test_features():
@@ -166,7 +172,7 @@ def test_langevin_in_a_known_posterior():
         def forward(self, x): return self.m.expand(len(x), 1)
     learn,l = make(Mean(), bs=800),Langevin(0.3, tau=2., lam=5., cycles=1, explore=0.)
     l.learn,l.phase,learn.n_epoch,seen = learn,lambda: 0.,1,[]
-    l.before_fit()
+    l.before_fit(); l.before_train()
     x,y = learn.dls.train_ds.x.long(),learn.dls.train_ds.y
     for _ in range(4000):
         learn.model.zero_grad()
@@ -228,3 +234,59 @@ def test_langevin_with_a_trained_unknown_row():
 
 def test_langevin_that_runs_away_is_warned_of():
     with pytest.warns(UserWarning, match='`eps`=2.0 times 8 batches an epoch is more than 15'): quietly(make(), 'fit', 1, cbs=Langevin(2.))
+
+def test_what_was_validated_is_what_is_saved_and_kept(tmp_path):
+    "EMA beside SaveModelCallback: the file holds the average of the best epoch, and so does the model in the end"
+    learn = make()
+    learn.path = tmp_path
+    quietly(learn, 'fit', 8, 0.05, wd=0., cbs=[EMA(0.9), SaveModelCallback(fname='best')])
+    best = min(v[1] for v in learn.recorder.values)
+    assert learn.recorder.values[-1][1]>best, 'the last epoch is not the best one'
+    assert valid_loss(learn)==pytest.approx(best, rel=1e-5)
+    learn.load('best')
+    assert valid_loss(learn)==pytest.approx(best, rel=1e-5)
+
+def test_ema_trains_on_from_where_it_was():
+    "The average is judged between epochs; training goes on from its own weights"
+    class Seen(Callback):
+        order = 80
+        def before_fit(self): self.ends,self.begins = [],[]
+        def before_train(self): self.begins.append(self.model.item_factors.detach().clone())
+        def after_train(self): self.ends.append(self.model.item_factors.detach().clone())
+    seen,learn = Seen(),make()
+    quietly(learn, 'fit', 3, 0.02, cbs=[EMA(0.9), seen])
+    for a,b in zip(seen.ends, seen.begins[1:]): assert torch.equal(a, b)
+    assert not torch.equal(seen.ends[-1], learn.model.item_factors)
+
+@pytest.mark.parametrize('mk', [lambda: Snapshots(), lambda: Langevin(cycles=2, explore=0.5, tau=1.), lambda: GibbsMF(1, 1)])
+def test_a_validation_leaves_the_members_alone(mk):
+    cb = mk()
+    learn = make(y_range=None, cbs=cb)
+    quietly(learn, 'fit_sgdr', 2, 1, 0.01)
+    had = cb.states
+    quietly(learn, 'validate')
+    quietly(learn, 'get_preds')
+    assert cb.states is had and len(cb.members())==len(had)>=2
+    quietly(learn, 'fit_sgdr', 2, 1, 0.01)
+    assert cb.states is not had and len(cb.states)==len(had)
+
+def test_members_validate_as_their_learner_does():
+    dls = CFDataLoaders.from_df(synth_ratings(60, 40, 1000), item_name='title', rating_name=None, seed=1, device='cpu')
+    learn = cf_learner(dls, n_factors=4, loss_func=BPRLoss(), cbs=[snap := Snapshots(), Negatives(3, seed=5)], seed=1)
+    quietly(learn, 'fit_sgdr', 2, 1, 0.02)
+    assert valid_loss(snap.members()[-1])==pytest.approx(valid_loss(learn))
+
+def test_a_dropout_member_is_one_model():
+    "A row's prediction does not hang on the rows beside it"
+    learn = quietly(make('nn', config=dict(layers=[9], ps=0.4)), 'fit', 1, 0.02)
+    x = learn.dls.valid_ds.x.long()[:7]
+    for m in dropout_members(learn, 3):
+        m.model.eval()
+        torch.testing.assert_close(m.model(x).flip(0), m.model(x.flip(0)))
+        torch.testing.assert_close(m.model(x)[2:3], m.model(x[2:3]))
+
+def test_an_averaging_learner_is_pickled():
+    learn = quietly(make(cbs=EMA()), 'fit', 1, 0.02)
+    new = pickle.loads(pickle.dumps(learn))
+    assert torch.equal(new.model.item_factors, learn.model.item_factors)
+    quietly(new, 'fit', 1, 0.02)
