@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['align_preds', 'grouped_ndcg', 'check_direction', 'greedy_picks', 'bootstrap_gain', 'Blend', 'greedy_blend', 'stack']
 
-# %% ../nbs/12_blend.ipynb #841fc08e
+# %% ../nbs/12_blend.ipynb #a4fa71ce
 import inspect
+from numbers import Number
 
 import numpy as np,pandas as pd
 from fastcore.basics import *
 from .core import *
 
-# %% ../nbs/12_blend.ipynb #2dab5328
+# %% ../nbs/12_blend.ipynb #b85557b9
 def _one_pred(name, p, targs):
     "A member's predictions as an array (n,) or (n,c) in the order of `targs`"
     p = getattr(p, 'oof', p)
@@ -44,9 +45,10 @@ def align_preds(
     y = np.asarray(targs)
     if not len(y): raise ValueError("there are no rows to blend on")
     if pd.isna(y).any(): raise ValueError(f"{int(pd.isna(y).sum())} of {len(y)} targets are missing")
+    if y.dtype==object and isinstance(y[0], Number): y = y.astype(float)
     return list(preds),P,y
 
-# %% ../nbs/12_blend.ipynb #0ef38570
+# %% ../nbs/12_blend.ipynb #14d33afa
 def _rmse(p, y): return float(np.sqrt(((p-y)**2).mean()))
 def _mae(p, y): return float(np.abs(p-y).mean())
 
@@ -57,25 +59,30 @@ def grouped_ndcg(
     k:int=10, # places of each list that count
 )->float: # 0 to 1, mean over the groups with a gain
     "Compute the normalised discounted cumulative gain of rows ranked within their group (Järvelin and Kekäläinen 2002)"
-    g = np.unique(groups, return_inverse=True)[1]
+    return float(np.nanmean(_each_ndcg(preds, targs, np.unique(groups, return_inverse=True)[1], k)))
+
+def _each_ndcg(preds, targs, g, k=10):
+    "The NDCG of each group, numbered from 0; NaN where there is no gain"
+    preds,targs = (np.asarray(o, dtype=np.float64) for o in (preds, targs))
     def _dcg(by):
         o = np.lexsort((-by, g))
         first = np.r_[0, np.flatnonzero(np.diff(g[o]))+1]
         place = np.arange(len(o))-np.repeat(first, np.diff(np.r_[first, len(o)]))
         return np.bincount(g[o], np.where(place<k, targs[o]/np.log2(place+2), 0))
-    best = _dcg(np.asarray(targs, dtype=np.float64))
-    return float((_dcg(preds)[best>0]/best[best>0]).mean())
+    best = _dcg(targs)
+    return np.divide(_dcg(preds), best, out=np.full(len(best), np.nan), where=best>0)
 
-# %% ../nbs/12_blend.ipynb #7779f3d5
+# %% ../nbs/12_blend.ipynb #1937e622
 _metrics = dict(rmse=_rmse, mae=_mae, ndcg=grouped_ndcg)
 
 def _metric(metric, groups):
     "A function of predictions, targets and groups from a name or a function of two or three arguments"
     f = _metrics[check_choice(metric, 'metric', _metrics)] if isinstance(metric, str) else metric
     need = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD)]
-    if len(need)<3: return lambda p,y,g: float(f(p, y))
-    if groups is None: raise ValueError(f"{getattr(f, '__name__', 'the metric')} ranks rows within groups: pass `groups`, such as the rows' users")
-    return lambda p,y,g: float(f(p, y, g))
+    if len(need)>2 and groups is None: raise ValueError(f"{getattr(f, '__name__', 'the metric')} ranks rows within groups: pass `groups`, such as the rows' users")
+    res = (lambda p,y,g: float(f(p, y))) if len(need)<3 else lambda p,y,g: float(f(p, y, g))
+    res.kind = metric if isinstance(metric, str) else None
+    return res
 
 def _perfect(P, y):
     "The targets in the shape of the predictions"
@@ -91,7 +98,7 @@ def check_direction(
     "Find whether larger is better by scoring the targets themselves, or raise if the caller says otherwise"
     top,got = metric(_perfect(P, y), y, groups),np.array([metric(p, y, groups) for p in P])
     if not np.isfinite(got).all(): raise ValueError(f"the metric gives {got[~np.isfinite(got)][0]} for member number {int((~np.isfinite(got)).argmax())}")
-    says = None if (got==top).all() else True if (got<=top).all() else False if (got>=top).all() else None
+    says = {'rmse':False,'mae':False,'ndcg':True}.get(getattr(metric, 'kind', None)) if (got==top).all() else True if (got<=top).all() else False if (got>=top).all() else None
     if larger is None and says is None: raise ValueError("the metric does not tell which direction is better: pass `larger=True` or `larger=False`")
     if None not in (larger,says) and larger!=says:
         raise ValueError(f"`larger={larger}`, but the targets themselves score {top:.4g} and the members {got.min():.4g} to {got.max():.4g}: pass `larger={says}`")
@@ -121,12 +128,19 @@ def _greedy_weights(P, score, n_steps, n_bags, bag_pct, rng):
         w += np.bincount(picks, minlength=m)/len(picks)/n_bags
     return w
 
-# %% ../nbs/12_blend.ipynb #c1e45830
+# %% ../nbs/12_blend.ipynb #623673a1
 def _units(n, groups):
     "Row numbers of each unit that is drawn as a whole: a row, or a group"
     if groups is None: return np.arange(n)[:,None]
     g = np.unique(groups, return_inverse=True)[1]
     return np.split(np.argsort(g, kind='stable'), np.cumsum(np.bincount(g))[:-1])
+
+def _ndcg_gain(p, base, y, groups, sign, rng, n_boot, level):
+    "What `bootstrap_gain` gives for the NDCG, which is a mean over groups: each is measured once, and drawn from"
+    a,b = (_each_ndcg(o, y, np.unique(groups, return_inverse=True)[1]) for o in (p, base))
+    draws = [sign*(np.nanmean(a[i])-np.nanmean(b[i])) for i in (rng.integers(0, len(a), len(a)) for _ in range(n_boot))]
+    lo,hi = np.nanquantile(draws, [(1-level)/2, (1+level)/2])
+    return sign*float(np.nanmean(a)-np.nanmean(b)),float(lo),float(hi)
 
 def bootstrap_gain(
     metric, # function of predictions, targets and groups
@@ -140,7 +154,10 @@ def bootstrap_gain(
     seed:int=0, # of the draws
 )->tuple: # (gain, lower end, upper end); above 0 is better
     "Measure by how much `p` scores better than `base`, with a paired bootstrap interval"
-    sign,rng,units = 1 if larger else -1,np.random.default_rng(seed),_units(len(y), groups)
+    sign,rng,(p,base,y) = 1 if larger else -1,np.random.default_rng(seed),map(np.asarray, (p, base, y))
+    if groups is not None: groups = np.asarray(groups)
+    if getattr(metric, 'kind', None)=='ndcg': return _ndcg_gain(p, base, y, groups, sign, rng, check_pos(n_boot, 'n_boot'), level)
+    units = _units(len(y), groups)
     gain = lambda i,g: sign*(metric(p[i], y[i], g)-metric(base[i], y[i], g))
     draws = []
     for _ in range(check_pos(n_boot, 'n_boot')):

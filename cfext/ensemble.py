@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_weights', 'Ensemble', 'MergedModel', 'NextItem', 'load_ensemble']
 
-# %% ../nbs/14c_ensemble.ipynb #56cd9675
+# %% ../nbs/14c_ensemble.ipynb #cce56e1e
 import json,shutil
 from contextlib import contextmanager
 from uuid import uuid4
@@ -19,10 +19,13 @@ from fastcore.all import *
 from .core import *
 from .data import *
 from .models import *
+from .losses import *
+from .negatives import *
 from .learner import *
 from .preds import *
 from .preds import _out_kind,_to_raw
 from .recommend import *
+from .evaluation import *
 from .blend import *
 from .bundle import *
 from .folds import *
@@ -108,16 +111,16 @@ class Ensemble:
         ws = None if self.method in ('max','median') else self.weights
         return merge_preds((cut(p) for p in preds), self.method, ws, kind=self.kind, spread=spread)
 
-# %% ../nbs/14c_ensemble.ipynb #5ef86b07
+# %% ../nbs/14c_ensemble.ipynb #1693c568
 @contextmanager
 def _brought(learn, device):
     "Run a block with a learner's model on `device`, then take it back"
-    was = next((p.device for p in learn.model.parameters()), None)
+    was = _home(learn.model)
     try:
         if device is not None: learn.model.to(device)
         yield learn
     finally:
-        if device is not None and was is not None: learn.model.to(was)
+        if device is not None: learn.model.to(was)
 
 @patch
 def _in_turn(self:Ensemble, learn):
@@ -141,12 +144,12 @@ def _held_out(learn, ds_idx):
     ds = getattr(learn.dls[ds_idx], 'dataset', None)
     return ds.frame((ds.x, ds.y)) if isinstance(ds, Ratings) else None
 
-def _same_rows(n0, frame0, n, frame):
+def _same_rows(n0, frame0, n, frame, arg='rows'):
     "Order of `frame`'s rows that makes them those of `frame0`, or raise"
     a,b = (pd.MultiIndex.from_frame(f.iloc[:,:2]) for f in (frame0, frame))
-    if len(a)!=len(b): raise ValueError(f"member {n!r} holds out {len(b)} rows, member {n0!r} {len(a)}: pass `rows`")
+    if len(a)!=len(b): raise ValueError(f"member {n!r} holds out {len(b)} rows, member {n0!r} {len(a)}: pass `{arg}`")
     idx = np.arange(len(a)) if a.equals(b) else b.get_indexer(a) if a.is_unique and b.is_unique else np.array([-1])
-    if (idx<0).any(): raise ValueError(f"member {n!r} holds out other rows than member {n0!r}: pass `rows`")
+    if (idx<0).any(): raise ValueError(f"member {n!r} holds out other rows than member {n0!r}: pass `{arg}`")
     if not np.array_equal(frame.iloc[idx,2].to_numpy(), frame0.iloc[:,2].to_numpy()): raise ValueError(f"member {n!r} has other targets than member {n0!r} for the same rows")
     return idx
 
@@ -204,7 +207,7 @@ def get_preds(self:Ensemble,
     res = self.merge(_preds(), spread)
     return (res[0],targs[0],res[1]) if spread else (res,targs[0])
 
-# %% ../nbs/14c_ensemble.ipynb #87481a66
+# %% ../nbs/14c_ensemble.ipynb #d1e0c680
 @patch
 def _said(self:Ensemble, p, sd):
     "Columns of a frame from merged predictions: the number, or the likeliest class, its probability and the spread of that"
@@ -235,6 +238,7 @@ def validate(self:Ensemble,
 )->L: # [loss, *metrics], those of the first member; of sequences the mean negative log-probability of what came
     "Judge the merged predictions by the first member's loss and metrics"
     learn = self.first
+    if isinstance(learn.loss_func, RankingLoss): raise ValueError(f"the members are fitted by {type(learn.loss_func).__name__}, which judges no predictions: use `evaluate`")
     p,y = self.get_preds(rows)
     if _nexts(learn):
         if y is None: raise ValueError("histories have no targets: leave `rows` out")
@@ -275,7 +279,9 @@ def fit_stack(self:Ensemble,
     "Fit a `stack` of the members on rows that no member was trained on"
     return stack(*self._unseen(rows), how, **kwargs)
 
-# %% ../nbs/14c_ensemble.ipynb #cb8fe44b
+# %% ../nbs/14c_ensemble.ipynb #5afa00bf
+def _home(model): return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device('cpu'))
+
 class MergedModel(CFModel):
     "Models of different codes as one: `maps[j]` turns common codes of users and items into those of model j"
     def __init__(self,
@@ -287,12 +293,13 @@ class MergedModel(CFModel):
     ):
         super().__init__(len(maps[0][0]), len(maps[0][1]))
         self.models,self.merge,self.ranks,self.in_turn = nn.ModuleList(models),merge,ranks,in_turn
-        dev = next(models[0].parameters()).device
+        self.rates = not ranks and all(getattr(m, 'rates', True) for m in models)
+        dev = _home(models[0])
         self.users,self.items = (nn.ParameterList([nn.Parameter(m[j].to(dev), requires_grad=False) for m in maps]) for j in (0,1))
     def _run(self, m, f, *codes):
-        home,dev = next(m.parameters()).device,codes[0].device
+        home,dev = _home(m),codes[0].device
         if self.in_turn is not None: m.to(self.in_turn)
-        try: return f(m, *[c.to(next(m.parameters()).device) for c in codes]).float().to(dev)
+        try: return f(m, *[c.to(_home(m)) for c in codes]).float().to(dev)
         finally: m.to(home)
     def forward(self, x):
         if self.ranks: raise ValueError("ranks are for lists: this ensemble cannot predict ratings")
@@ -303,7 +310,7 @@ class MergedModel(CFModel):
         each = (self._run(m, score, u[users], i) for m,u,i in zip(self.models, self.users, self.items))
         return self.merge(s.T for s in each).T if self.ranks else self.merge(each)
 
-# %% ../nbs/14c_ensemble.ipynb #f64c4c23
+# %% ../nbs/14c_ensemble.ipynb #1d363bb7
 class NextItem(nn.Module):
     "Scores every item for users by what comes next in their histories"
     def __init__(self,
@@ -325,12 +332,12 @@ def _names(dls): return list(dls.cat_names) if isinstance(dls, CFDataLoaders) el
 
 def _pairs(dls):
     "Codes (n,2) of the users and items that belong together in a member's rows, on the CPU"
-    if isinstance(dls, CFDataLoaders): return torch.cat([d.x.long().cpu() for d in (dls.train_ds, dls.valid_ds)])
+    if isinstance(dls, CFDataLoaders): return seen_rows(dls).long().cpu()
     ends = torch.as_tensor(dls.hist.ends).cpu()
     return torch.stack([torch.arange(1, len(ends)).repeat_interleave(ends.diff()), torch.as_tensor(dls.hist.toks).long().cpu()[:int(ends[-1])]], 1)
 
-def _union_dls(learns):
-    "Loaders over the rows of all of them, in common codes, and each one's codes of the common users and items"
+def _union_dls(learns, hold_out=False):
+    "Loaders over the rows of all of them, in common codes, and each one's codes of the common users and items; with `hold_out` the validation rows, which they share, are kept apart"
     cols = _names(learns[0].dls)
     for l in learns:
         if _names(l.dls)!=cols: raise ValueError(f"members name their users and items {cols} and {_names(l.dls)}: rename the columns of one")
@@ -338,26 +345,51 @@ def _union_dls(learns):
     for l in learns[1:]: ids = [a if a.equals(b) else a.append(b[~b.isin(a)]) for a,b in zip(ids, (l.dls.classes[c].ids for c in cols))]
     classes = {c: IdMap(i) for c,i in zip(cols, ids)}
     maps = [tuple(torch.from_numpy(np.append(np.int32(0), l.dls.classes[c].encode(i))).long() for c,i in zip(cols, ids)) for l in learns]
-    xs = [torch.stack([torch.from_numpy(classes[c].encode(l.dls.classes[c].ids))[x-1]*(x>0) for c,x in zip(cols, _pairs(l.dls).T)], 1) for l in learns]
-    x = torch.unique(torch.cat(xs), dim=0).int()
-    ds = Ratings(x, torch.zeros(len(x), 1), classes, getattr(learns[0].dls.train_ds, 'rating_name', None))
-    dev = learns[0].dls.device
-    return CFDataLoaders(ResidentDL(ds, device=dev), ResidentDL(ds.subset(slice(0)), bs=8192, device=dev), device=dev),maps
+    common = lambda l,x: torch.stack([torch.from_numpy(classes[c].encode(l.dls.classes[c].ids))[o-1]*(o>0) for c,o in zip(cols, x.long().cpu().T)], 1).int()
+    dev,name = learns[0].dls.device,getattr(getattr(learns[0].dls, 'train_ds', None), 'rating_name', None)
+    loaders = lambda ds,held: CFDataLoaders(ResidentDL(ds, device=dev), ResidentDL(held, bs=8192, device=dev), device=dev)
+    if not hold_out:
+        x = torch.unique(torch.cat([common(l, _pairs(l.dls)) for l in learns]), dim=0)
+        ds = Ratings(x, torch.zeros(len(x), 1), classes, name)
+        return loaders(ds, ds.subset(slice(0))),maps
+    x,at = torch.unique(torch.cat([common(l, l.dls.train_ds.x) for l in learns]), dim=0, return_inverse=True)
+    y,v = torch.zeros(len(x), 1),learns[0].dls.valid_ds
+    y[at] = torch.cat([torch.ones(len(ds), 1) if ds.y is None else ds.y.cpu() for ds in (l.dls.train_ds for l in learns)])
+    dls = loaders(Ratings(x, y, classes, name), Ratings(common(learns[0], v.x), torch.ones(len(v), 1) if v.y is None else v.y.cpu(), classes, name))
+    also = [common(l, l.dls.also_seen[0]) for l in learns if l.dls.also_seen[0] is not None]
+    if also: dls.also_seen = torch.cat(also).to(dev),None
+    return dls,maps
 
-# %% ../nbs/14c_ensemble.ipynb #27761d62
+# %% ../nbs/14c_ensemble.ipynb #408a9064
 @patch
-def as_learner(self:Ensemble)->CFLearner: # over the union of the members' users, items and rows
+def as_learner(self:Ensemble,
+    hold_out:bool=False, # keep the validation rows apart, which the members then have to share? False: they count as seen
+)->CFLearner: # over the union of the members' users, items and rows
     "Make one learner of cfext's learners, for lists"
     lists = {n: _nexts(m) and m.dls.hist is not None for n,m in self.members.items()}
     for n,m in self.members.items():
         if not (lists[n] or isinstance(m, CFLearner)): raise TypeError(f"lists need members that score every item; member {n!r} is a {type(m).__name__}")
     if len(set(lists.values()))>1 and self.method!='rank': raise ValueError("some members score by ratings and some by what comes next, on scales of their own: pass method='rank'")
     learns = list(self.members.values())
-    dls,maps = _union_dls(learns)
+    if hold_out:
+        (n0,l0),*rest = self.members.items()
+        if any(lists.values()) or not len(l0.dls.valid_ds): raise ValueError("the members have no validation rows of users and items to share: pass a frame as `split`")
+        for n,l in rest: _same_rows(n0, _held_out(l0, 1), n, _held_out(l, 1), 'split')
+    dls,maps = _union_dls(learns, hold_out)
     dls.unk = getattr(learns[0].dls, 'unk', 'raise')
     dev = (default_device() if self.device is None else self.device) if self.in_turn else None
     model = MergedModel([NextItem(l) if _nexts(l) else l.model for l in learns], maps, self.merge, self.method=='rank', dev)
     return CFLearner(dls, model, loss_func=MSELossFlat() if _nexts(learns[0]) else learns[0].loss_func)
+
+@patch
+@delegates(CFLearner.evaluate)
+def evaluate(self:Ensemble,
+    k:int=10, # places in each list
+    split='valid', # 'valid': the validation rows, which the members have to share; or a frame of later rows
+    **kwargs,
+)->Report: # as a learner's `evaluate` gives it
+    "Judge ratings and lists on rows that no member was trained on, beside baselines"
+    return self.as_learner(hold_out=isinstance(split, str)).evaluate(k, split, **kwargs)
 
 @patch
 @delegates(CFLearner.recommend)

@@ -162,7 +162,7 @@ def _judged(learn, df, tr, va, predict):
     if len(p)!=len(va): raise ValueError(f"{len(p)} predictions for {len(va)} rows held out")
     return p
 
-# %% ../nbs/14b_folds.ipynb #f298316d
+# %% ../nbs/14b_folds.ipynb #ca1fb76a
 class Folds:
     "Out-of-fold predictions in the caller's order (`oof`, `targs`), and the learners that made them"
     def __init__(self,
@@ -187,13 +187,13 @@ class Folds:
         "The learners, fold by fold; those of an earlier run are loaded from their bundles"
         for k,l in self._learners.items():
             if isinstance(l, Path): self._learners[k] = load_bundle(l)
-            if l is None: raise ValueError(f"fold {k[0]}, seed {k[1]} was finished by another run, and this kind of learner is not kept")
+            if l is None: raise ValueError(f"fold {k[0]}, seed {k[1]} was finished by another run, and there is no bundle of its learner: only cfext's learners are kept. Delete fold{k[0]}-seed{k[1]}.npy to train it again")
         return list(self._learners.values())
 
 @patch
 def table(self:Folds)->pd.DataFrame: # a row a fold: rows held out, RMSE of its mean over seeds
     "Score each fold, and all rows together"
-    y = self.targs.to_numpy()
+    y = self.targs.to_numpy(dtype=float)
     res = {}
     for j,(_,va) in enumerate(self.rows):
         p = np.mean([p for (f,_),p in self.preds.items() if f==j], 0).reshape(len(va), -1)
@@ -201,7 +201,7 @@ def table(self:Folds)->pd.DataFrame: # a row a fold: rows held out, RMSE of its 
     ok = self.oof.notna().to_numpy()
     return pd.DataFrame({**res, 'all': dict(rows=int(ok.sum()), rmse=float(np.sqrt(((self.oof[ok]-y[ok])**2).mean())))}).T.astype(dict(rows=int)).rename_axis('fold')
 
-# %% ../nbs/14b_folds.ipynb #a711f500
+# %% ../nbs/14b_folds.ipynb #39c8f3de
 def fit_folds(
     make_learner, # function (df, splitter, seed) -> a fitted learner
     df:pd.DataFrame, # the rows; left as they are
@@ -224,7 +224,7 @@ def fit_folds(
     if path is not None:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        _claim(path, dict(frame=_frame_digest(df, rows), seed=seed, tag=tag))
+        _claim(path, dict(frame=_frame_digest(df, rows), columns=[str(c) for c in df.columns], rating=str(rating), seed=seed, n_seeds=n_seeds, tag=tag))
     seeds = {(j,s): seed+j*n_seeds+s for j in range(len(rows)) for s in range(check_pos(n_seeds, 'n_seeds'))}
     where = {k: None if path is None else path/'fold{}-seed{}'.format(*k) for k in seeds}
     preds = {k: _kept(path, '' if path is None else where[k].name, len(rows[k[0]][1])) for k in seeds}

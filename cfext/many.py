@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['fit_many']
 
-# %% ../nbs/14g_many.ipynb #10d8078a
+# %% ../nbs/14g_many.ipynb #4552c4f9
 import gc,threading,time,warnings
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np,pandas as pd
 import torch
@@ -321,7 +323,7 @@ def epoch(self:_Together, tick):
         self.adam.give()
         with _no_search(): self._close(books, plans, losses)
 
-# %% ../nbs/14g_many.ipynb #53a82617
+# %% ../nbs/14g_many.ipynb #c05c7535
 def _start(learners, n, seed):
     "Learners, and the state of the random numbers that each begins its fit with"
     if callable(learners): n = check_pos(n, 'n')
@@ -342,6 +344,17 @@ def _start(learners, n, seed):
         raise ValueError("some learners share a model: make one for each")
     return learns,rngs
 
+def _own_files(learns):
+    "Give callbacks that would write the same file names of their own: fname-0, fname-1, ..."
+    where = lambda l,cb: (type(cb), Path(l.path)/l.model_dir, str(cb.fname))
+    cbs = [(l,cb) for l in learns for cb in l.cbs if 'fname' in vars(cb)]
+    count = Counter(where(l, cb) for l,cb in cbs)
+    alike = [(learns.index(l), cb) for l,cb in cbs if count[where(l, cb)]>1]
+    for j,cb in alike:
+        f = Path(cb.fname)
+        cb.fname = type(cb.fname)(f.with_name(f'{f.stem}-{j}{f.suffix}'))
+    if alike: print(f"callbacks of several learners wrote the same file: now each has its own, such as {alike[0][1].fname} ({type(alike[0][1]).__name__})")
+
 class _Bar:
     "One progress bar for all, moved ten times a second at the most"
     def __init__(self, on): self.on,self.bar,self.n,self.t = on,None,0,0.
@@ -355,7 +368,7 @@ class _Bar:
             self.bar = progress_bar(range(learn.n_epoch*len(learn.dl)), leave=False)
             self.bar.update(0)
 
-# %% ../nbs/14g_many.ipynb #93e20c8d
+# %% ../nbs/14g_many.ipynb #2267b98b
 def fit_many(
     learners, # learners of one shape, or a function (seed) -> such a learner
     *args, # what each learner's `fit` takes, the same for all: epochs, learning rate
@@ -371,6 +384,7 @@ def fit_many(
     if len(each)!=len(learns): raise ValueError(f"`each` has {len(each)} dicts for {len(learns)} learners")
     for l in learns:
         if not hasattr(l, fit): raise ValueError(f"`fit`={fit!r} is not a method of {type(l).__name__}, such as 'fit_one_cycle'")
+    _own_files(learns)
     bar = _Bar(any(hasattr(l, 'progress') for l in learns))
     members = [_Member(l, partial(getattr(l, fit), *args, **{**kwargs, **e}), r) for l,e,r in zip(learns, each, rngs)]
     together = None

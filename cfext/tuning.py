@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['inner_loaders', 'PruneTrial', 'check_space', 'suggest', 'Tuned', 'tune']
 
-# %% ../nbs/10e_tuning.ipynb #5f3cf3cf
-import inspect,json,math
+# %% ../nbs/10e_tuning.ipynb #4215b6d1
+import inspect,json,math,re,zlib
+from functools import partial
+from pathlib import Path
 
 import numpy as np,pandas as pd
 import torch
@@ -45,7 +47,7 @@ def inner_loaders(
     res.unk,res.also_seen = dls.unk,dls.also_seen
     return res
 
-# %% ../nbs/10e_tuning.ipynb #90b5cc14
+# %% ../nbs/10e_tuning.ipynb #0bf6299c
 class PruneTrial(Callback):
     "Report a metric after each epoch to an optuna trial, and stop where the trial should be pruned"
     order = 70
@@ -53,9 +55,10 @@ class PruneTrial(Callback):
         trial, # an optuna trial
         metric:str, # name of one of the learner's metrics, or 'valid_loss'
         minimize:bool=False, # is a smaller figure a better one?
-    ): self.trial,self.metric,self.minimize,self.value,self.pruned,self.step = trial,metric,minimize,None,False,0
+        power:float=1., # what the metric is raised to: .5 makes a root of a mean of squares
+    ): self.trial,self.metric,self.minimize,self.power,self.value,self.pruned,self.step = trial,metric,minimize,power,None,False,0
     def after_epoch(self):
-        self.value = float(self.recorder.log[list(self.recorder.metric_names).index(self.metric)])
+        self.value = float(self.recorder.log[list(self.recorder.metric_names).index(self.metric)])**self.power
         bad = not math.isfinite(self.value)
         if not bad: self.trial.report(self.value, self.step)
         self.step += 1
@@ -100,7 +103,7 @@ def _fit(make, dls, params, epochs, seed, metrics=(), cbs=None):
         with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(params.get('epochs', epochs), params.get('lr', learn.lr), wd=params.get('wd'), cbs=cbs)
     return learn
 
-# %% ../nbs/10e_tuning.ipynb #ee35f089
+# %% ../nbs/10e_tuning.ipynb #0524e5da
 class Tuned:
     "What a search found: `study`, `params`, `value` and `frame`, a row a trial"
     def __init__(self, study, make, dls, epochs, seed, measure):
@@ -116,20 +119,30 @@ class Tuned:
         "Train the best settings on all training rows of the loaders"
         return _fit(self.make, self.dls, self.params, self.epochs, ifnone(seed, self.seed))
 
-def _study(optuna, storage, name, minimize, seed, prune, setup):
+def _spelled(f):
+    "A function and what is bound to it, in words that are the same in another process"
+    if isinstance(f, partial): return [_spelled(f.func), *map(_spelled, f.args), {k:_spelled(v) for k,v in f.keywords.items()}]
+    if callable(f) and hasattr(f, '__qualname__'): return f'{f.__module__}.{f.__qualname__}'
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(f))
+
+def _digest(ds):
+    "A number for the rows of a dataset, in their order"
+    return zlib.crc32(b''.join(np.ascontiguousarray(o.cpu().numpy()).tobytes() for o in (ds.x, ds.y, ds.w) if o is not None))
+
+def _study(optuna, storage, name, minimize, prune, setup):
     "An optuna study, new or resumed, that is for this search"
     if storage is not None and '://' not in str(storage):
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         storage = f'sqlite:///{Path(storage).resolve()}'
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1) if prune else optuna.pruners.NopPruner()
     res = optuna.create_study(storage=storage, study_name=name, load_if_exists=storage is not None, direction='minimize' if minimize else 'maximize',
-                              sampler=optuna.samplers.TPESampler(seed=seed), pruner=pruner)
+                              pruner=pruner)
     if (had := res.user_attrs.get('setup')) not in (None, setup):
         raise ValueError(f"the study in `storage` was made for another search ({had}), not for this one ({setup}): give another `name` or file")
     res.set_user_attr('setup', setup)
     return res
 
-# %% ../nbs/10e_tuning.ipynb #88bdde3f
+# %% ../nbs/10e_tuning.ipynb #5f0512f1
 def tune(
     dls:CFDataLoaders, # loaders; only their training rows are used
     space:dict, # {name: (low, high), (low, high, 'log') or [choices]}; epochs, lr and wd for the fit, the others for `make_learner`
@@ -152,19 +165,21 @@ def tune(
     check_space(space)
     optuna,minimize = import_extra('optuna', 'tune'),measure in ('RMSE','valid_loss')
     inner,what = inner_loaders(dls, valid_pct, seed),measure if minimize else f'{measure}@{k}'
-    setup = json.dumps(dict(space=space, measure=what, epochs=epochs, valid_pct=valid_pct, seed=seed, rows=len(dls.train_ds)), default=str, sort_keys=True)
+    setup = json.dumps(dict(space=space, measure=what, epochs=epochs, valid_pct=valid_pct, seed=seed, learner=_spelled(make_learner), users=dls.n_users, items=dls.n_items,
+                            rows=len(dls.train_ds), digest=_digest(dls.train_ds)), default=str, sort_keys=True)
     def one(trial):
         metrics = list_metrics(measure, k=k, n_users=n_users) if not minimize else [AvgMetric(_sq_error)] if measure=='RMSE' else []
-        cb = PruneTrial(trial, {'RMSE':'_sq_error','valid_loss':'valid_loss'}.get(measure, what), minimize)
+        cb = PruneTrial(trial, {'RMSE':'_sq_error','valid_loss':'valid_loss'}.get(measure, what), minimize, 0.5 if measure=='RMSE' else 1.)
         _fit(make_learner, inner, suggest(trial, space), epochs, seed, metrics, cb)
         if cb.pruned: raise optuna.TrialPruned()
-        return cb.value**0.5 if measure=='RMSE' else cb.value
+        return cb.value
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = _study(optuna, storage, name, minimize, seed, prune, setup)
+        study = _study(optuna, storage, name, minimize, prune, setup)
         over = [t for t in study.trials if t.state.is_finished() and t.state.name!='FAIL']
         todo = range(max(0, check_pos(n_trials, 'n_trials')-len(over)))
+        study.sampler = optuna.samplers.TPESampler(seed=seed+len(study.trials)) # a resumed search goes on, instead of drawing the same again
         for _ in progress_bar(todo, leave=False) if bar and len(todo) else todo: study.optimize(one, n_trials=1)
         if not any(t.state.name=='COMPLETE' for t in study.trials): raise ValueError(f"no trial of {len(study.trials)} came to an end with a number: look at the ranges of `space` ({', '.join(space)})")
         return Tuned(study, make_learner, dls, epochs, seed, what)

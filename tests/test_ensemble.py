@@ -440,3 +440,57 @@ def test_stack_of_members(df, members):
     assert b.weights==want.weights and b.gain==want.gain and ens.weights.tolist()==[1/3]*3
     for f in (ens.fit_stack,ens.fit_weights):
         with pytest.raises(ValueError, match="member 'm0' was trained on 750 of these 1000 rows"): f(df)
+
+# what demanding users found
+
+def test_grouped_measures_take_any_index_and_decimals():
+    "By place, not by label; the interval of the NDCG is that of a draw of whole groups"
+    from decimal import Decimal
+    rng = np.random.default_rng(0)
+    y,g = rng.integers(0, 5, 400).astype(float),np.repeat(np.arange(40), 10)
+    p,q = y+rng.normal(0, 1, 400),y+rng.normal(0, 2, 400)
+    ix = pd.Index(rng.permutation(4000)[:400])
+    S = lambda a: pd.Series(a, ix)
+    assert grouped_ndcg(S(p), S(y), S(g))==grouped_ndcg(p, y, g)<=1
+    m = _metric('ndcg', g)
+    fast = bootstrap_gain(m, S(p), S(q), S(y), S(g), True, 50, seed=3)
+    slow = bootstrap_gain(_metric(lambda a,b,c: grouped_ndcg(a, b, c), g), p, q, y, g, True, 50, seed=3)
+    assert fast==pytest.approx(slow) and fast[0]>0
+    exact = [Decimal(str(v)) for v in y]
+    a,b = (greedy_blend(dict(a=p, b=q), t, n_boot=20) for t in (pd.Series(exact), y))
+    assert a.weights==b.weights
+    assert greedy_blend(dict(a=y), y, n_boot=5).larger is False and greedy_blend(dict(a=y), y, 'ndcg', groups=g, n_boot=5).larger is True
+
+def test_a_resumed_run_is_of_the_same_target_columns_and_seeds(df, tmp_path):
+    rows = df.assign(other=5.5-df.rating)
+    def mk(d, splitter, seed): return make(d, splitter, seed)
+    fit_folds(mk, rows, 2, path=tmp_path)
+    with pytest.raises(ValueError, match='another rating'): fit_folds(mk, rows, 2, path=tmp_path, rating_name='other')
+    with pytest.raises(ValueError, match='another columns'): fit_folds(mk, rows.rename(columns=dict(other='more')), 2, path=tmp_path)
+    with pytest.raises(ValueError, match='another n_seeds'): fit_folds(mk, rows, 2, path=tmp_path, n_seeds=2)
+    (tmp_path/'fold0-seed0'/'bundle.json').unlink()
+    with pytest.raises(ValueError, match='Delete fold0-seed0.npy to train it again'): fit_folds(mk, rows, 2, path=tmp_path).learners
+
+def test_lists_of_an_ensemble_leave_out_what_positives_set_aside(df):
+    learn = cf_learner(CFDataLoaders.from_df(df, item_name='title', seed=1, device='cpu').positives(4), n_factors=3, loss_func=BPRLoss(), seed=1)
+    for o in (learn, Ensemble([learn])): assert not len(o.recommend(None, k=5).merge(df, on=['user','title']))
+    with pytest.raises(ValueError, match='fitted by BPRLoss, which judges no predictions: use `evaluate`'): Ensemble([learn]).validate()
+    pd.testing.assert_frame_equal(Ensemble([learn]).evaluate(k=5).reset_index(drop=True), learn.evaluate(k=5).reset_index(drop=True))
+
+def test_evaluate_is_that_of_a_learner_and_of_the_mean(df):
+    "Of one member it is the member's; of two it is that of the mean of their predictions"
+    dls = CFDataLoaders.from_df(df, item_name='title', seed=1, device='cpu')
+    a,b = (cf_learner(dls, n_factors=3, y_range=(0.5,5.5), seed=s) for s in (1,2))
+    for l in (a,b):
+        with l.no_bar(),l.no_logging(): l.fit(2, 0.05)
+    one,own = Ensemble([a]).evaluate(k=5),a.evaluate(k=5)
+    np.testing.assert_allclose(one.to_numpy(float), own.to_numpy(float), rtol=1e-5)
+    assert one.counts.equals(own.counts)
+    both = Ensemble([a,b])
+    p,t = both.get_preds()
+    assert both.evaluate(k=5).RMSE.iloc[0]==pytest.approx(((p-t)**2).mean().sqrt().item(), rel=1e-5)
+    other = cf_learner(CFDataLoaders.from_df(df, item_name='title', seed=2, device='cpu'), n_factors=3)
+    with pytest.raises(ValueError, match='pass `split`'): Ensemble([a,other]).evaluate()
+    imp = CFDataLoaders.from_df(df, item_name='title', rating_name=None, seed=1, device='cpu')
+    ranks = Ensemble([cf_learner(imp, Popularity), cf_learner(imp, EASE)], method='rank')
+    assert len(ranks.recommend([7], k=2))==2 and 'RMSE' not in ranks.evaluate(k=5)

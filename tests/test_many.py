@@ -319,3 +319,20 @@ def test_seeds_of_a_list():
     a = fit_many(make, 1, 0.02, n=2, seed=[7,3])
     for l,s in zip(a, (7,3)): same(l, alone(make, s, 1, 0.02))
     with pytest.raises(ValueError, match='3 seeds for 2 learners'): fit_many(make, 1, n=2, seed=[1,2,3])
+
+def test_files_of_members_are_told_apart(tmp_path, capsys):
+    "Each member ends as the best of its own epochs"
+    from fastai.callback.tracker import SaveModelCallback
+    def mk(seed):
+        learn = make(seed, cbs=SaveModelCallback())
+        learn.path = tmp_path
+        return learn
+    learns = fit_many(mk, 6, 0.3, n=3, fit='fit')
+    assert 'now each has its own, such as model-0 (SaveModelCallback)' in capsys.readouterr().out
+    assert {o.name for o in (tmp_path/'models').iterdir()}=={f'model-{j}.pth' for j in range(3)}
+    last = [l.recorder.values[-1][1] for l in learns]
+    best = [min(v[1] for v in l.recorder.values) for l in learns]
+    assert any(b<l for b,l in zip(best, last)), 'the last epoch is not the best one'
+    for l,b in zip(learns, best):
+        l.remove_cbs([SaveModelCallback])
+        with l.no_bar(): assert l.validate()[0]==pytest.approx(b, rel=1e-5)

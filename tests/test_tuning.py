@@ -1,5 +1,6 @@
 "The search: rows stay apart, results repeat, a search goes on where it stood, bad input is told"
 import sys
+from functools import partial
 
 import numpy as np,pandas as pd,pytest,torch
 from cfext import *
@@ -74,3 +75,23 @@ def test_bad_spaces_and_a_missing_extra(dls, monkeypatch):
     with pytest.raises(ValueError, match='`n_trials`=0'): tune(dls, space, n_trials=0, bar=False)
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match=r"cfext\[tune\]"): tune(dls, space)
+
+def test_a_search_is_resumed_by_itself_alone(dls, tmp_path):
+    "Another learner or other rows in the same file are refused; what goes on draws anew; a pruned trial's RMSE is a root"
+    pytest.importorskip('optuna')
+    own,f = partial(cf_learner, loss_func=BPRLoss()),tmp_path/'s.db'
+    go = lambda d,make,n,**kw: tune(d, dict(lr=(0.003,0.1,'log')), make, n_trials=n, epochs=1, storage=f, bar=False, **kw)
+    imp = CFDataLoaders.from_df(synth_ratings(60, 50, 1200), item_name='title', rating_name=None, seed=3, device='cpu', bs=64)
+    first = go(imp, own, 2)
+    lrs = go(imp, partial(cf_learner, loss_func=BPRLoss()), 5).frame['lr']
+    assert lrs[:2].tolist()==first.frame['lr'].tolist() and lrs.nunique()==5
+    with pytest.raises(ValueError, match='made for another search'): go(imp, partial(cf_learner, loss_func=HingeLoss()), 5)
+    other = CFDataLoaders.from_df(synth_ratings(60, 50, 1200), item_name='title', rating_name=None, seed=4, device='cpu', bs=64)
+    with pytest.raises(ValueError, match='made for another search'): go(other, own, 5)
+
+def test_the_rmse_of_every_trial_is_a_root(dls):
+    optuna = pytest.importorskip('optuna')
+    t = tune(dls, dict(lr=[1e-5,0.05], wd=[0.1]), partial(cf_learner, n_factors=3), n_trials=8, epochs=3, measure='RMSE', bar=False)
+    for o in t.study.trials:
+        assert o.value==pytest.approx(o.intermediate_values[max(o.intermediate_values)])
+        assert o.value<4, 'the squared error of such a fit is above 5'
