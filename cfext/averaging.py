@@ -25,7 +25,7 @@ from .models import *
 from .negatives import *
 from .learner import *
 
-# %% ../nbs/07b_averaging.ipynb #337b204d
+# %% ../nbs/07b_averaging.ipynb #2f6a5e86
 class _Lean(Callback):
     "A callback whose work on a batch needs nothing of fastai's loop; on a GPU it does need the host, so there it is asked each time"
     @property
@@ -53,7 +53,10 @@ class _Averaged(_Lean):
     order,buffers,swapped,avg = 75,False,False,None
     def before_fit(self):
         if self.swapped: self._exchange() # the last fit was interrupted before training went on
-        self.avg = AveragedModel(self.learn.model, multi_avg_fn=self.multi_avg_fn, use_buffers=self.buffers) if _in_fit(self) else None
+        self.avg = None
+        if not _in_fit(self): return
+        try: self.avg = AveragedModel(self.learn.model, multi_avg_fn=self.multi_avg_fn, use_buffers=self.buffers)
+        except RuntimeError as e: raise TypeError(f"{type(self).__name__} needs a copy of the model, and {type(self.learn.model).__name__} cannot be copied, which is so with fastai's WeightDropout: {e}") from e
     def _exchange(self):
         _swap(self.learn.model, self.avg.module, self.buffers)
         self.swapped = not self.swapped

@@ -286,12 +286,13 @@ def low_rank(
     root = sv[:r].sqrt()
     return (qa@u[:,:r]*root/s).to(a.dtype),(qb@vt[:r].T*root).to(a.dtype)
 
-# %% ../nbs/02_embed.ipynb #627002b6
+# %% ../nbs/02_embed.ipynb #cfd00ba5
 def _set_table(model, path, t):
     "Put tensor `t` where a table was, a parameter or an `nn.Embedding`"
     o = nested_attr(model, path)
     if isinstance(o, nn.Embedding): o.weight,o.embedding_dim = nn.Parameter(t),t.shape[1]
-    else: setattr(model, path, nn.Parameter(t))
+    elif isinstance(o, nn.Parameter): setattr(model, path, nn.Parameter(t))
+    else: raise ValueError(f"can't shrink {type(model).__name__}: its {path!r} is worked out, not a table of its own")
 
 def _note_widths(model):
     "Write the new widths into the arguments that a model of cfext can be made again with"

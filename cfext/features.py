@@ -190,7 +190,7 @@ def _read(self:EmbeddingFeatures, frame):
         raise TypeError(f"`source` should be a fitted Learner, or a recipe that returns one; got {type(o).__name__}")
     return read_embs(o)
 
-# %% ../nbs/13b_features.ipynb #f66bab6b
+# %% ../nbs/13b_features.ipynb #8240c289
 @patch
 def _fit(self:EmbeddingFeatures, X, y):
     X = self._reset(X)
@@ -202,7 +202,7 @@ def _fit_full(self:EmbeddingFeatures, X, frame):
     tables = self._read(frame)
     self.targets_ = list(dict.fromkeys(tables.targets+[c for c in frame.columns if c not in X.columns]))
     made = [c for c in tables if c not in X.columns and str(c).endswith('_na')]  # flags of fastai's `FillMissing`
-    use = [c for c in tables if c not in made] if self.cols is None else list(self.cols)
+    use = [c for c in tables if c not in made] if self.cols is None else [self.cols] if isinstance(self.cols, str) else list(self.cols)
     if unknown := [c for c in use if c not in tables]:
         raise ValueError(f"`cols`={unknown} have no embedding in the learner, which has {list(tables)}")
     for c in use: check_cols(X, cols=c)
@@ -214,7 +214,7 @@ def _fit_full(self:EmbeddingFeatures, X, frame):
     if both := set(self._rest)&set(self._look.names): raise ValueError(f"{sorted(both)} are columns already: rename them")
     return self
 
-# %% ../nbs/13b_features.ipynb #6b2feb80
+# %% ../nbs/13b_features.ipynb #41813abc
 @patch
 def _names_out(self:EmbeddingFeatures, input_features):
     check_is_fitted(self, 'tables_')
@@ -226,7 +226,7 @@ def _finish(self:EmbeddingFeatures, X, block, named):
     "Put the columns that pass through beside the features, in the kind of container that came in"
     if not named: return np.hstack([X[self._rest].to_numpy(), block]) if self._rest else block
     res = pd.DataFrame(block, columns=self._look.names, index=X.index, copy=False)
-    return pd.concat([X[self._rest], res], axis=1) if self._rest else res
+    return pd.concat([X[self._rest], res], axis=1).set_axis([*map(str, self._rest), *res.columns], axis=1) if self._rest else res
 
 @patch
 def _transform(self:EmbeddingFeatures, X):
@@ -285,12 +285,12 @@ def table(self:EmbeddingFeatures,
     res.insert(0, f'{col}_rows', t.counts[live])
     return res
 
-# %% ../nbs/13b_features.ipynb #c4817778
+# %% ../nbs/13b_features.ipynb #022e2528
 @patch
 def export(self:EmbeddingFeatures,
     folder:str|Path, # folder to write into; made if missing
     *,
-    fmt:str='parquet', # 'parquet', or 'npz' with the arrays keys, features, names, rows, unknown
+    fmt:str='parquet', # 'parquet', or 'npz' with the arrays keys, features, names, rows, unknown, empty
 )->dict: # column name -> path of its file
     "Write the table of each column to a file named after it"
     check_choice(fmt, 'fmt', ('parquet','npz'))
@@ -298,24 +298,26 @@ def export(self:EmbeddingFeatures,
     paths = {c: Path(folder)/f'{re.sub(r"[^0-9A-Za-z_.-]", "_", str(c))}.{fmt}' for c in self.tables_}
     if len(set(paths.values()))<len(paths): raise ValueError(f"columns {list(paths)} would share a file: rename them")
     for c,path in paths.items():
-        tab,unknown = self.table(c),self._look.cols[c].iloc[-1:]
+        tab,unknown,t = self.table(c),self._look.cols[c].iloc[-1:],self.tables_[c]
+        empty,n_empty = (self._look.cols[c].iloc[:1],int(t.counts[0])) if t.counts[0]>0 else (unknown,0)
         with whole_file(path) as f:
-            if fmt=='npz': _to_npz(f, tab, unknown)
+            if fmt=='npz': _to_npz(f, tab, unknown, empty)
             else:
                 import_extra('pyarrow', 'fast-io')
                 keyed = tab.reset_index()
                 keyed = keyed.astype({c: keyed[c].convert_dtypes().dtype})
-                if self.unk!='raise':
-                    last = unknown.assign(**{f'{c}_rows': 0, c: None})[list(keyed.columns)]
+                if self.unk!='raise' or n_empty:
+                    last = empty.assign(**{f'{c}_rows': n_empty, c: None})[list(keyed.columns)]
                     keyed = pd.concat([keyed.astype({c: object}), last]).astype({c: keyed[c].dtype})
+                if self.unk!='raise': keyed.attrs['unknown'] = unknown.to_numpy()[0].tolist()
                 keyed.to_parquet(f, index=False)
     return paths
 
-def _to_npz(f, tab, unknown):
+def _to_npz(f, tab, unknown, empty):
     "Write a table's arrays, none of which needs a pickle to be read"
     keys = tab.index.to_numpy()
     if keys.dtype==object:
-        if pd.api.types.infer_dtype(keys)!='string': raise TypeError(f"column {tab.index.name!r} has keys of several kinds: export it as 'parquet'")
+        if pd.api.types.infer_dtype(keys)!='string': raise TypeError(f"column {tab.index.name!r} has keys that are neither numbers nor text, such as {keys[0]!r}: turn them into text first")
         keys = keys.astype(str)
     np.savez(f, keys=keys, features=tab.iloc[:,1:].to_numpy(), names=np.array(tab.columns[1:], dtype=str),
-             rows=tab.iloc[:,0].to_numpy(), unknown=unknown.to_numpy()[0])
+             rows=tab.iloc[:,0].to_numpy(), unknown=unknown.to_numpy()[0], empty=empty.to_numpy()[0])

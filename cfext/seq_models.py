@@ -147,7 +147,7 @@ class GRU4Rec(RNNModel):
         drop:float=0.2, # dropout after the embedding, between layers and after the last, 0 to 1
     ): super().__init__(n_vocab, n_factors, n_hidden, 'gru', n_layers, drop, tied=True)
 
-# %% ../nbs/15b_seq_models.ipynb #d4a81c02
+# %% ../nbs/15b_seq_models.ipynb #c4155206
 class ByteDropout(nn.Dropout):
     "Dropout that draws a byte for each value on a CPU: `p` is rounded to 1/256 there"
     def forward(self, x):
@@ -156,7 +156,6 @@ class ByteDropout(nn.Dropout):
         n = x.numel()
         draws = torch.empty((n+7)//8, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n]
         return x*(draws<keep).view_as(x).to(x.dtype).mul_(256/max(keep, 1))
-
 
 # %% ../nbs/15b_seq_models.ipynb #4b8cefc4
 class CausalBlock(Module):
@@ -213,7 +212,7 @@ def gbce_beta(
     alpha = n_neg/(n_items-1)
     return alpha*(t*(1-1/alpha)+1/alpha)
 
-# %% ../nbs/15b_seq_models.ipynb #c7f19e53
+# %% ../nbs/15b_seq_models.ipynb #60972879
 class LinearCE(torch.autograd.Function):
     "Mean cross-entropy of `h@w.T+b` whose gradients are worked out on the way, `chunk` rows at a time: the scores are never kept"
     @staticmethod
@@ -233,8 +232,7 @@ class LinearCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return *(o*g for o in ctx.saved_tensors),None,None
 
-
-# %% ../nbs/15b_seq_models.ipynb #ae71e63d
+# %% ../nbs/15b_seq_models.ipynb #118059ac
 class SeqLoss:
     "Loss of a sequence model's states over every position that has a target"
     def __init__(self,
@@ -263,6 +261,7 @@ class SeqLoss:
         else: each = F.cross_entropy(self.model.score(h), y, reduction='none') if exact else self.from_samples(*self.sample(h, y))
         if not mean: return each.new_zeros(there.shape).masked_scatter(there, each)
         return each.mean() if len(y) else each.sum()
+    def count(self, h, y): return (y>0).sum() # what the mean is over, for those who add up batches
     def _can_lean(self, h):
         plain = type(self.model).score is SeqModel.score and not torch.is_autocast_enabled(h.device.type)
         return plain and h.requires_grad and h.dtype==self.model.head.weight.dtype

@@ -20,12 +20,21 @@ from .data import *
 from .seq_data import *
 from .seq_models import *
 
-# %% ../nbs/15c_sequence.ipynb #2ebecb05
+# %% ../nbs/15c_sequence.ipynb #8fb5ea95
 seq_archs = dict(char3=CharNet3, loop=CharLoop, concat=CharLoopConcat, rnn=partial(RNNModel, kind='rnn'), gru=partial(RNNModel, kind='gru'),
                  lstm=partial(RNNModel, kind='lstm'), gru4rec=GRU4Rec, sasrec=SASRec)
 
+class _OneWidth(Callback):
+    "Pad batches to the width of the longest history, so that what the model makes of them can be put together"
+    def before_batch(self):
+        n = int(self.dl.dataset.lens.max())
+        self.learn.xb,self.learn.yb = ([F.pad(o, (0,n-o.shape[1])) for o in b] for b in (self.xb, self.yb))
+
 class SeqLearner(Learner):
     "A `Learner` over `SeqDataLoaders` that continues sequences in the caller's symbols"
+    def get_preds(self, ds_idx=1, dl=None, *args, cbs=None, **kwargs):
+        wide = [] if self.dls.hist is None else [_OneWidth()]
+        return super().get_preds(ds_idx, dl, *args, cbs=[*L(cbs), *wide], **kwargs)
 
 def _check_seq_model(dls, model):
     "Raise if a model does not keep the contract"

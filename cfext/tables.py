@@ -6,13 +6,14 @@
 __all__ = ['forms', 'EmbTable', 'EmbTables', 'read_embs', 'emb_spaces', 'align_tables', 'emb_groups', 'group_dists',
            'emb_columns']
 
-# %% ../nbs/13a_tables.ipynb #53fa4341
+# %% ../nbs/13a_tables.ipynb #99dc703c
 from dataclasses import dataclass,replace
 
 import numpy as np,pandas as pd
 from fastai.collab import EmbeddingDotBias
 from fastai.learner import Learner
 from fastcore.basics import patch
+from pandas.api.types import is_float_dtype
 from scipy.linalg import orthogonal_procrustes
 from sklearn.cluster import KMeans
 
@@ -44,7 +45,7 @@ class EmbTable:
                              f"got {len(self.factors)} and {len(self.counts)}")
     def __repr__(self): return f'EmbTable({len(self.keys)} categories x {self.factors.shape[1]}{"" if self.bias is None else " + bias"})'
 
-# %% ../nbs/13a_tables.ipynb #a7d92452
+# %% ../nbs/13a_tables.ipynb #4a04f1f9
 @patch
 def encode(self:EmbTable,
     values, # (m,) values of the column, any dtype
@@ -56,6 +57,7 @@ def encode(self:EmbTable,
     if isinstance(s.dtype, pd.CategoricalDtype):
         return np.append(self.encode(s.cat.categories.to_series(), name), na)[s.cat.codes.to_numpy()]
     idx = pd.Index(s)
+    if self.keys.dtype==np.float32 and is_float_dtype(idx): idx = idx.astype(np.float32) # fastai's `TabularPandas` makes such columns shorter
     found = self._lookup.get_indexer(idx)
     if len(s) and (found<0).all() and not s.isna().all() and len(self.keys) and _kind(idx)!=_kind(self.keys):
         raise TypeError(f"column {name!r} holds {s.dtype} ({s.dropna().iloc[:1].tolist()[0]!r}), but its embedding is keyed by "

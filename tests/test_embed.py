@@ -9,6 +9,7 @@ from fastai.tabular.all import Categorify,Normalize,RandomSplitter,TabularDataLo
 import cfext.embed as embed
 from cfext.data import CFDataLoaders
 from cfext.embed import *
+from cfext.graph import LightGCN
 from cfext.learner import cf_learner
 from cfext.models import CollabNN,DotProduct,DotProductBias,EmbeddingNet
 from cfext.sources import synth_ratings
@@ -202,6 +203,10 @@ def test_shrink_keeps_training():
     learn.create_opt()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     assert np.isfinite(learn.validate()[0])
+
+def test_shrink_refuses_tables_that_are_worked_out():
+    dls = CFDataLoaders.from_df(synth_ratings(40, 30, 600), item_name='title', device='cpu')
+    with pytest.raises(ValueError, match="can't shrink LightGCN"): shrink(cf_learner(dls, LightGCN, n_factors=8), 3)
 
 def test_shrink_refuses():
     class Odd(nn.Module):

@@ -425,7 +425,7 @@ def test_export(train, tmp_path):
     z = np.load(ef.export(tmp_path, fmt='npz')['a/b'])
     assert z['keys'].tolist()==sorted(set(train.store)) and z['features'].dtype==np.float32 and z['features'].shape==(30,3)
     mixed = EmbeddingFeatures(dict(a=EmbTable(pd.Index([1,'x'], dtype=object), np.zeros((3,2), 'float32')))).fit(pd.DataFrame(dict(a=[1,'x'])))
-    with pytest.raises(TypeError, match="has keys of several kinds"): mixed.export(tmp_path, fmt='npz')
+    with pytest.raises(TypeError, match="has keys that are neither numbers nor text"): mixed.export(tmp_path, fmt='npz')
     assert not (tmp_path/'a.npz').exists()
 
 def test_memory_is_the_output(learn, train):
@@ -477,3 +477,40 @@ def test_bad_input(learn, train, test):
     with pytest.raises(ValueError, match='Linear has no embedding'):
         EmbeddingFeatures(Learner(learn.dls, torch.nn.Linear(2,1), loss_func=MSELossFlat())).fit(train)
     with pytest.warns(UserWarning, match='pass a recipe'): EmbeddingFeatures(learn).fit_transform(train)
+
+def _tab(df):
+    dls = TabularDataLoaders.from_df(df.copy(), cat_names=['k'], cont_names=['p'], y_names='y', procs=[Categorify,Normalize], y_block=RegressionBlock(), valid_idx=range(40), device='cpu')
+    learn = tabular_learner(dls, layers=[8])
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.1)
+    return learn
+
+def test_an_empty_cell_has_a_row_of_its_own_where_it_was_trained(tmp_path):
+    "The file's empty key is what `transform` gives an empty cell; the unknown stands beside"
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(k=pd.Series(rng.choice(list('abc'), 400).astype(object)).where(rng.random(400)>.3), p=rng.random(400)))
+    df['y'] = (df.k.isna()*3+rng.random(400)).astype('float32')
+    ef = EmbeddingFeatures(_tab(df), cv=None, output='only').fit(df)
+    empty,new = (ef.transform(df[:1].assign(k=v)).to_numpy()[0] for v in (None,'new'))
+    assert not np.allclose(empty, new)
+    pq,npz = pd.read_parquet(ef.export(tmp_path)['k']),np.load(ef.export(tmp_path, fmt='npz')['k'])
+    np.testing.assert_allclose(pq[pq.k.isna()].iloc[:,2:].to_numpy(float)[0], empty, rtol=1e-6)
+    np.testing.assert_allclose(pq.attrs['unknown'], new, rtol=1e-6)
+    np.testing.assert_allclose(npz['empty'], empty)
+    np.testing.assert_allclose(npz['unknown'], new)
+    assert pq[pq.k.isna()].k_rows.item()==df.k[40:].isna().sum()
+
+def test_float_categories_are_found_though_fastai_makes_them_shorter():
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(k=rng.choice([.1,.2,.3,2.5], 400), p=rng.random(400)))
+    df['y'] = (df.k*3).astype('float32')
+    ef = EmbeddingFeatures(_tab(df), cv=None, output='only', unk='raise').fit(df)
+    assert len(np.unique(ef.transform(df).to_numpy(), axis=0))==4
+
+def test_names_of_columns_that_are_numbers():
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(k=rng.choice(list('abc'), 400), p=rng.random(400), y=rng.random(400).astype('float32')))
+    ef = EmbeddingFeatures(_tab(df), cv=None, cols='k').fit(df.rename(columns=dict(p='p')))
+    assert list(ef.transform(df).columns)==list(ef.get_feature_names_out())
+    X = df[['k','p']].assign(**{'7':1.}).rename(columns={'7':7})
+    ef = EmbeddingFeatures(_tab(df), cv=None).fit(X)
+    assert list(ef.transform(X).columns)==list(ef.get_feature_names_out()) and '7' in ef.transform(X)

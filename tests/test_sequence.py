@@ -4,8 +4,10 @@ import gzip,math
 import numpy as np,pandas as pd,pytest,torch
 from torch.nn import functional as F
 import fastai.callback.progress # `no_bar`
+from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastcore.test import test_eq as eq, test_close as close
+from cfext.callbacks import GradientAccumulator
 from cfext.seq_data import *
 from cfext.seq_models import *
 from cfext.sequence import *
@@ -349,3 +351,34 @@ def test_trains_on_a_gpu(kind):
         eq(next(learn.model.parameters()).device.type, 'cuda')
         assert math.isfinite(learn.evaluate('test', 3)['ndcg@3'])
         learn.recommend('u3', 3), learn.recommend_next([10,20], 3), learn.generate([10], 3)
+
+def test_predictions_of_batches_of_different_width():
+    "Put together they are as wide as the longest history, and each position is what it is alone"
+    rows = pd.DataFrame([(u,(u+t)%7,t) for u in range(200) for t in range(4 if u<128 else 9)], columns=['user','item','timestamp'])
+    for arch in ('gru','sasrec'):
+        learn = seq_learner(SeqDataLoaders.from_df(rows, bs=64, seed=1, device='cpu'), arch, seed=1)
+        with learn.no_bar(),learn.no_logging():
+            learn.fit(1)
+            p,y = learn.get_preds()
+            loss = learn.validate()[0]
+        longest = int(learn.dls.valid_ds.lens.max())
+        assert p.shape[:2]==y.shape==(200,longest)
+        assert -p[y>0].gather(1, y[y>0][:,None]).log().mean().item()==pytest.approx(loss, rel=1e-5)
+
+def test_accumulated_batches_of_a_sequence_model_are_the_big_one():
+    "Its loss is a mean over targets, of which batches hold different numbers"
+    rng,got = np.random.default_rng(0),[]
+    rows = pd.DataFrame([(u,int(rng.integers(12)),t) for u in range(160) for t in range(int(rng.integers(4, 40)))], columns=['user','item','timestamp'])
+    class Spy(Callback):
+        order = 20
+        def before_step(self): self.seen.append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters()]))
+    for bs,acc in ((64,[]),(16,[GradientAccumulator(64)])):
+        spy = Spy()
+        spy.seen = []
+        dls = SeqDataLoaders.from_df(rows, bs=bs, max_len=50, seed=1, device='cpu')
+        dls.train.shuffle = False
+        learn = seq_learner(dls, 'gru', seed=1, cbs=[spy,*acc])
+        with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.)
+        got.append(spy.seen)
+    assert len(got[0])==len(got[1])==3
+    for a,b in zip(*got): assert (a-b).norm()<1e-5*a.norm()
