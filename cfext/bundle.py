@@ -25,7 +25,7 @@ from .learner import *
 from .recommend import *
 from .sides import *
 
-# %% ../nbs/14_bundle.ipynb #4ed6ab7c
+# %% ../nbs/14_bundle.ipynb #617b60a1
 class BundleError(ValueError):
     "A bundle that is missing, unreadable, incomplete, changed, or of a format that this version does not know"
 
@@ -43,7 +43,8 @@ def _ids_to_json(ids, name):
 
 def _ids_from_json(d):
     dtypes = dict(int=np.int64, float=np.float64, bool=bool, object=object)
-    return pd.Index(d['ids'], dtype=dtypes.get(d['kind']))
+    try: return pd.Index(d['ids'], dtype=dtypes.get(d['kind']))
+    except OverflowError: return pd.Index(d['ids']) # beyond int64
 
 # %% ../nbs/14_bundle.ipynb #55535895
 _models = {c.__name__:c for c in (DotProduct, DotProductBias, CosineProduct, CollabNN, EmbeddingNet, LightGCN, SideProduct, EASE, ItemKNN, IALS, Popularity)}
@@ -71,12 +72,12 @@ def _put(folder, stem, suffix, write):
         with whole_file(folder/name) as f: os.replace(tmp, f)
     return dict(name=name, sha256=sha)
 
-# %% ../nbs/14_bundle.ipynb #051bc2d9
+# %% ../nbs/14_bundle.ipynb #d517f277
 def _settings(learn, model):
     "What a learner's bundle says besides parameters and ids"
     ds,loss = learn.dls.train_ds,getattr(learn.loss_func, 'func', learn.loss_func)
     drop = [cb.p for cb in learn.cbs if isinstance(cb, IdDropout)]
-    more = dict(loss_args=loss.config) if isinstance(loss, RankingLoss) else {}
+    more = dict(loss_args=loss.config) if isinstance(loss, RankingLoss) else dict(loss_args=dict(thresh=t)) if (t := getattr(learn.loss_func, 'thresh', None)) is not None else {}
     negs = [dict(n_neg=cb.n_neg, how=cb.how, seed=cb.seed, **cb.kwargs) for cb in learn.cbs if isinstance(cb, Negatives)]
     if negs: more['negatives'] = negs[0]
     return dict(model=dict(name=type(model).__name__, config=getattr(model, 'config', None)), loss=type(loss).__name__, **more, unk=learn.dls.unk,
@@ -143,7 +144,7 @@ def _bundle_model(d, model, state):
     except RuntimeError as e: raise BundleError(f"the parameters in the bundle do not fit {type(model).__name__}: {e}") from e
     return model
 
-# %% ../nbs/14_bundle.ipynb #e333781a
+# %% ../nbs/14_bundle.ipynb #a27ce9df
 def load_bundle(
     path:str|Path, # folder that `save_bundle` wrote
     *,
@@ -156,7 +157,7 @@ def load_bundle(
     d = _manifest(path)
     f = {k: path/Path(o['name']).name for k,o in d['files'].items()}
     t,ids = load_file(f['tensors']),json.loads(f['ids'].read_text(encoding='utf-8'))
-    classes = {n: IdMap(_ids_from_json(ids[n])) for n in (d['user_name'], d['item_name'])}
+    classes = {n: IdMap(_ids_from_json(ids[str(n)])) for n in (d['user_name'], d['item_name'])}
     none = torch.zeros(0, 2, dtype=torch.int32)
     dss = [Ratings(t.get(f'{s}.x', none), t.get(f'{s}.y', torch.zeros(0, 1)), classes, d['rating_name'], t.get(f'{s}.w')) for s in ('train','valid')]
     model = _bundle_model(d, model, {k.removeprefix('model.'): v for k,v in t.items() if k.startswith('model.')})

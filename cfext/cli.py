@@ -105,12 +105,12 @@ def _pictures(learn, out, color):
         with whole_file(out/'losses.png') as f: plt.savefig(f, dpi=120, bbox_inches='tight')
         with whole_file(out/'item_map.png') as f: show_item_map(learn, color=color).figure.savefig(f, dpi=120, bbox_inches='tight')
 
-# %% ../nbs/16_cli.ipynb #6ffb3906
+# %% ../nbs/16_cli.ipynb #51d33246
 def _write_report(learn, report, out, settings):
     "`metrics.json`: settings, sizes, the losses of each epoch and the report, with the versions that made them"
     import fastai,cfext
     names = list(learn.recorder.metric_names[1:-1])
-    rows = [dict(zip(names, map(float, v))) for v in learn.recorder.values]
+    rows = [dict(zip(names, [None if o is None else float(o) for o in v])) for v in learn.recorder.values]
     d = dict(settings=settings, rows=dict(train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds)), users=learn.dls.n_users-1,
              items=learn.dls.n_items-1, epochs=rows, report={i: r.dropna().to_dict() for i,r in report.iterrows()}, note=getattr(report, 'note', ''),
              versions=dict(cfext=cfext.__version__, fastai=fastai.__version__, torch=torch.__version__), device=str(learn.dls.device))
@@ -123,7 +123,7 @@ def _write_items(df, item_name, out):
     if not cols: return (out/'items.csv').unlink(missing_ok=True)
     with whole_file(out/'items.csv') as f: df[[item_name,*cols]].drop_duplicates(item_name).to_csv(f, index=False)
 
-# %% ../nbs/16_cli.ipynb #a6ef534a
+# %% ../nbs/16_cli.ipynb #69e0c4fb
 def _fit(
     data:str=None, # a ratings file (.csv, .tsv, .parquet) or the folder of a MovieLens set; none: a synthetic set
     out:str='demo', # folder for the bundle, metrics.json, pictures and recommendations.csv
@@ -146,7 +146,7 @@ def _fit(
     "Train a recommender, hold it against baselines, and write it down"
     out = Path(out)
     if out.is_file(): raise ValueError(f"--out {out} is a file; a folder is needed")
-    check_choice(model, 'model', ('dot','nn'))
+    check_choice(model, 'model', ('dot','nn')),check_pos(K, 'k')
     df,dls = _load(data, split, splitter, valid_pct, seed, lists, user_name=user_name, item_name=item_name, rating_name=rating_name, bs=bs)
     lists = dls.rating_name is None
     if lists and model=='nn': raise ValueError("--model nn predicts ratings; lists are trained with --model dot")
@@ -154,17 +154,18 @@ def _fit(
     if lists: learn = _list_learner(dls, n_factors, seed, metrics=list_metrics('NDCG', k=K, n_users=1000))
     else: learn = cf_learner(dls, model, n_factors, _y_range(df, dls.rating_name), seed=seed, metrics=[rmse,mae])
     with _plain_progress(learn): learn.fit_one_cycle(epochs, lr, wd=wd)
-    learn.save_bundle(out)
+    if not all(p.isfinite().all() for p in learn.model.parameters()): raise ValueError(f"the training has diverged, and {out} is left as it was: take a smaller --lr than {lr:g}")
     beside = dict(EASE=EASE(dls)) if lists and dls.n_items<=5000 else None
     report = learn.evaluate(k=K, baselines=beside) if len(dls.valid_ds) else pd.DataFrame()
+    learn.save_bundle(out)
     _write_report(learn, report, out, dict(data=data and str(data), lists=lists, model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,
                                            splitter=split or splitter, valid_pct=valid_pct, seed=seed))
-    genre = next((c for c in ('genre','genres') if c in df), None)
+    genre = next((c for c in ('genre','genres') if c in df and c!=dls.item_name and df[c].notna().any()), None)
     _write_items(df, dls.item_name, out)
-    _pictures(learn, out, None if genre is None else df.drop_duplicates(dls.item_name).set_index(dls.item_name)[genre].str.split('|').str[0])
+    _pictures(learn, out, None if genre is None else df.drop_duplicates(dls.item_name).set_index(dls.item_name)[genre].astype('string').str.split('|').str[0])
     users = dls.classes[dls.user_name].ids[:10_000]
     with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K).to_csv(f, index=False, float_format='%.4f')
-    print(f"\n{report.round(4)}\n\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
+    print((f"\n{report.round(4)}\n" if len(report) else '') + f"\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
 
 # %% ../nbs/16_cli.ipynb #773bfd36
 def _parse_id(learn, role, text):

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['IdMap', 'Ratings', 'ResidentDL', 'CFDataLoaders']
 
-# %% ../nbs/01b_data.ipynb #b1a47ca9
+# %% ../nbs/01b_data.ipynb #ac398ce6
 import random,warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np,pandas as pd
 import torch
 from torch import Tensor
+from pandas.api.types import is_float_dtype,is_integer_dtype,is_unsigned_integer_dtype
 from fastai.data.all import *
 from fastai.tabular.core import display_df
 from .core import *
 from .sources import *
 
-# %% ../nbs/01b_data.ipynb #ecb10ff6
+# %% ../nbs/01b_data.ipynb #25f554f6
 class IdMap(CollBase):
     "The ids of one column: code to id by indexing, id to code by `encode`; code 0 is `'#na#'`, an id that is not here"
     def __init__(self,
@@ -42,7 +43,12 @@ def encode(self:IdMap,
         return np.append(self.encode(cat.categories), np.int32(0))[cat.codes]
     ids = pd.Index(ids)
     if ids.dtype==object and len(ids): ids = ids.infer_objects()
-    return (self.ids.get_indexer(ids)+1).astype(np.int32)
+    if is_integer_dtype(ids) and not isinstance(ids.dtype, np.dtype): # pandas would compare these as floats
+        res,there = np.zeros(len(ids), np.int32),~ids.isna()
+        res[there] = self.encode(ids[there].to_numpy(np.uint64 if is_unsigned_integer_dtype(ids) else np.int64))
+        return res
+    codes = (self.ids.get_indexer(ids)+1).astype(np.int32)
+    return np.where(abs(ids)<2**53, codes, np.int32(0)) if is_integer_dtype(self.ids) and is_float_dtype(ids) else codes # floats beyond have lost digits
 
 @patch
 def decode(self:IdMap,
@@ -293,7 +299,7 @@ def _split_mask(df, splitter, valid_pct, seed):
     if (train&valid).any(): raise ValueError(f"`splitter` puts {int((train&valid).sum())} rows into both training and validation")
     return train,valid
 
-# %% ../nbs/01b_data.ipynb #940b8e22
+# %% ../nbs/01b_data.ipynb #46672f11
 def _fits(dss, device):
     "Do the rows of `dss` take at most half of what is free on the device?"
     if torch.device(device).type!='cuda': return True
@@ -329,6 +335,7 @@ class CFDataLoaders(DataLoaders):
         user,item = find_col(ratings, user_name, 'user'),find_col(ratings, item_name, 'item')
         rating = None if rating_name is None else find_col(ratings, rating_name, 'rating')
         check_cols(ratings, weight_name=weight_name)
+        for c in {user_name,item_name}&{'rank','score','pred'}: raise ValueError(f"a column of ids named {c!r} would be overwritten in the frames that come back: rename it")
         if len({user,item,rating})<3: raise ValueError(f"user, item and rating should be three columns, got {user!r}, {item!r}, {rating!r}")
         df = _dedupe(ratings, user, item, rating, dups)
         dss = cls._datasets(df, user, item, rating, weight_name, _split_mask(df, splitter, valid_pct, seed))
@@ -339,7 +346,7 @@ class CFDataLoaders(DataLoaders):
         res.unk = unk
         return res
 
-# %% ../nbs/01b_data.ipynb #d6918470
+# %% ../nbs/01b_data.ipynb #01e5a48d
 @patch(cls_method=True)
 def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     "`Ratings` of the rows marked in each of `masks`, coded by the ids of the first"
@@ -356,6 +363,7 @@ def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     y = torch.ones(len(df)) if rating is None else _targets(df[rating], 'rating_name')
     w = None if weight is None else _targets(df[weight], 'weight_name')
     if w is not None and (w<0).any(): raise ValueError(f"`weight_name`={weight!r} holds {int((w<0).sum())} negative weights")
+    if w is not None and not (w[masks[0]]>0).any(): raise ValueError(f"`weight_name`={weight!r} is 0 in every training row: there would be nothing to learn from")
     dss = [Ratings(x[m], y[m,None], classes, rating, None if w is None else w[m]) for m in (torch.from_numpy(train), torch.from_numpy(valid))]
     cold = (dss[1].x==0).sum(0).tolist()
     if any(cold):

@@ -64,7 +64,7 @@ class RowWeights(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
-# %% ../nbs/06_learner.ipynb #a8b2b85c
+# %% ../nbs/06_learner.ipynb #e2c27188
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
     mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
@@ -89,13 +89,18 @@ class CFLearner(Learner):
     def all_batches(self):
         if self.fast is False: return super().all_batches()
         if not self.training: return lean_validate(self) if self._is_plain() and not batch_needs(self, training=False) else super().all_batches()
-        why = ', '.join(f"{n} ({' '.join(e)})" for n,e in batch_needs(self).items())
+        needs = {**batch_needs(self), **({type(self).__name__:own} if (own := self._own_steps()) else {})}
+        why = ', '.join(f"{n} ({' '.join(e)})" for n,e in needs.items())
         if why and self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
         try:
             if not why: return self._fast_epoch()
             self._tell(f"fastai's loop runs, since these callbacks act on each batch: {why}")
             super().all_batches()
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
+    def _own_steps(self): return [n for n in ('one_batch','_do_one_batch','_do_grad_opt','_backward','_step') if getattr(type(self), n, None) is not getattr(Learner, n, None)]
+    def create_opt(self):
+        if not any(p.requires_grad for p in self.model.parameters()): raise ValueError(f"{type(self.model).__name__} has nothing to train: its parameters are frozen, or it is a closed form and fitted already")
+        super().create_opt()
     def _set_device(self, b): return super()._set_device(b) if any(True for _ in self.model.parameters()) else to_device(b, self.dls.device)
     def _is_plain(self):
         "Are batches rows that lie where the model lies?"

@@ -128,7 +128,7 @@ class FusedAdam:
         for _,_,ps,*_ in self.groups:
             for p in ps: p.grad = None
 
-# %% ../nbs/05_loop.ipynb #143bb7fe
+# %% ../nbs/05_loop.ipynb #6aee089d
 @patch
 def step(self:FusedAdam, hypers):
     for g,do_wd,ps,avgs,sqrs,count in self.groups:
@@ -143,6 +143,13 @@ def sync(self:FusedAdam):
     "Write the step counts back to the optimizer's state"
     for _,_,ps,_,_,count in self.groups:
         for p in ps: self.opt.state[p]['step'] = int(count)
+
+def _set_hypers(opt, now):
+    "Set hyper-parameters {name: a value for each group}"
+    for k,vs in now.items():
+        if isinstance(opt, OptimWrapper): opt.set_hyper(k, vs) # its `hypers` are copies
+        else:
+            for h,v in zip(opt.hypers, vs): h[k] = v
 
 class _OwnStep:
     "The optimizer's own step, for those that are not fused"
@@ -182,7 +189,7 @@ class _Books:
         self.prog.pbar.update(self.done)
         if self.smoothed: self.prog.pbar.comment = f'{self.smoothed[-1]:.4f}'
 
-# %% ../nbs/05_loop.ipynb #30e0d912
+# %% ../nbs/05_loop.ipynb #54c649ad
 @patch
 def close(self:_Books, plan, stepper):
     "Leave recorder, schedulers, optimizer and learner as after `done` batches of fastai's loop"
@@ -193,8 +200,7 @@ def close(self:_Books, plan, stepper):
     done = self.done
     lrs = plan.last('lr', done) if 'lr' in plan.cols else [opt.hypers[-1]['lr']]*done
     if done:
-        for k,vs in plan[done-1].items():
-            for h,v in zip(opt.hypers, vs): h[k] = v
+        _set_hypers(opt, plan[done-1])
         learn.loss = self.losses[done-1]
     for cb in learn.cbs:
         if isinstance(cb, ParamScheduler) and cb.run:
@@ -207,7 +213,7 @@ def close(self:_Books, plan, stepper):
         self.rec.losses += torch.tensor(self.smoothed).unbind()
     self.show()
 
-# %% ../nbs/05_loop.ipynb #ddf5aae1
+# %% ../nbs/05_loop.ipynb #ca5c5291
 def lean_epoch(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 ):
@@ -222,8 +228,7 @@ def lean_epoch(
     n_inp = getattr(learn.dls, 'n_inp', 1)
     try:
         for i,b in enumerate(dl):
-            for k,vs in plan[i].items():
-                for h,v in zip(opt.hypers, vs): h[k] = v
+            _set_hypers(opt, plan[i])
             learn.iter,learn.xb,learn.yb = i,b[:n_inp],b[n_inp:]
             for f in before: f()
             learn.pred = model(*learn.xb)

@@ -102,13 +102,16 @@ def _read_ml100k(path, split=None):
     its = pd.DataFrame(dict(item=its[0], title=its[1], genres=['|'.join(np.array(_ml100k_genres)[f]) for f in flags]))
     return df.merge(its, on='item', how='left')
 
-# %% ../nbs/01a_sources.ipynb #0512fdc1
+# %% ../nbs/01a_sources.ipynb #75b8d8bc
 def _read_ml1m(path):
     "`ratings.dat` and `movies.dat` of the 1M and 10M sets"
     df = pd.read_csv(path/'ratings.dat', sep=':', header=None, usecols=[0,2,4,6])
     df.columns = _cols
     if not (path/'movies.dat').exists(): return df
-    rows = [l.split('::') for l in (path/'movies.dat').read_text(encoding='latin-1').splitlines() if l]
+    raw = (path/'movies.dat').read_bytes()
+    try: text = raw.decode('utf-8') # as in the 10M set
+    except UnicodeDecodeError: text = raw.decode('latin-1') # as in the 1M set
+    rows = [l.split('::') for l in text.splitlines() if l]
     return df.merge(pd.DataFrame([(int(a),b,c) for a,b,c in rows], columns=['item','title','genres']), on='item', how='left')
 
 def _read_ml_csv(path):
@@ -174,7 +177,7 @@ def read_ratings(
     raise ValueError(f"{path} is no known layout: expected one of {', '.join(_layouts)} in it; it holds "
                      f"{', '.join(sorted(o.name for o in path.iterdir())[:6]) or 'nothing'}. Name a file in it instead")
 
-# %% ../nbs/01a_sources.ipynb #656d8437
+# %% ../nbs/01a_sources.ipynb #f3ddee0b
 def _check_pct(valid_pct):
     if not 0<=valid_pct<1: raise ValueError(f"`valid_pct`={valid_pct} should be a share of the rows, at least 0 and below 1")
 
@@ -183,7 +186,7 @@ def _time_order(df, time_name):
     if time_name is None: return np.arange(len(df))
     t = df[find_col(df, time_name, 'time')]
     if t.isna().any(): raise ValueError(f"`time_name`={t.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
-    return np.argsort(t.to_numpy(), kind='stable')
+    return np.argsort(t.cat.codes.to_numpy() if getattr(t.dtype, 'ordered', False) else t.to_numpy(), kind='stable')
 
 def TimeSplitter(
     valid_pct:float=0.2, # share of the rows to hold out, 0 to 1

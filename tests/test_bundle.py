@@ -173,3 +173,17 @@ def test_same_predictions_on_another_device(tmp_path):
     df = synth_ratings(60, 40, 1000)
     there = load_bundle(tmp_path, device='cuda').predict(df, unk='na')[2]
     torch.testing.assert_close(there.cpu(), learn.predict(df, unk='na')[2], rtol=1e-5, atol=1e-5)
+
+def test_bundles_that_could_be_saved_can_be_loaded(tmp_path):
+    "Ids beyond int64, columns that are numbers, a threshold"
+    df = synth_ratings(60, 40, 800)[['user','item','rating']]
+    huge = df.assign(user=pd.util.hash_pandas_object(df.user, index=False))
+    numbered = df.set_axis([0,1,2], axis=1)
+    for j,(d,kw,u) in enumerate(((huge, {}, huge.user[0]), (numbered, dict(user_name=0, item_name=1, rating_name=2), 7))):
+        learn = cf_learner(CFDataLoaders.from_df(d, seed=1, device='cpu', **kw), n_factors=3, seed=1)
+        learn.save_bundle(tmp_path/str(j))
+        pd.testing.assert_frame_equal(load_bundle(tmp_path/str(j), device='cpu').recommend([u], k=3), learn.recommend([u], k=3))
+    from fastai.losses import BCEWithLogitsLossFlat
+    likes = CFDataLoaders.from_df(df.assign(rating=(df.rating>3)*1.), seed=1, device='cpu')
+    cf_learner(likes, loss_func=BCEWithLogitsLossFlat(thresh=0.8)).save_bundle(tmp_path/'t')
+    assert load_bundle(tmp_path/'t', device='cpu').loss_func.thresh==0.8

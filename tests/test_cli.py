@@ -2,7 +2,7 @@
 import json,subprocess,sys
 from pathlib import Path
 
-import pandas as pd,pytest
+import numpy as np,pandas as pd,pytest
 from cfext import synth_ratings
 from cfext.cli import main
 
@@ -77,3 +77,18 @@ def test_as_a_command(fitted):
     exe = Path(sys.executable).parent/'cfext'
     r = subprocess.run([exe, 'recommend', str(fitted/'out'), '--user', '7', '-k', '2'], capture_output=True, text=True)
     assert r.returncode==0 and len(r.stdout.splitlines())==3, r.stderr
+
+def test_nothing_held_out_and_a_fit_that_diverges(tmp_path, capsys):
+    "Everything is written without held-out rows; a diverged fit leaves what was there"
+    df = synth_ratings(60, 40, 800)
+    df.drop(columns='genre').assign(genres=np.nan).to_csv(tmp_path/'r.csv', index=False)
+    out = tmp_path/'o'
+    fit = lambda *more: main(['fit', str(tmp_path/'r.csv'), '--out', str(out), '--epochs', '1', *more])
+    assert fit('--valid-pct', '0')==0 and 'Empty DataFrame' not in capsys.readouterr().out
+    assert json.loads((out/'metrics.json').read_text())['epochs'][0]['valid_loss'] is None and (out/'recommendations.csv').exists()
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert fit('--lr', '1e6')==2 and 'the training has diverged' in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir()}==before
+    assert main(['fit', str(tmp_path/'r.csv'), '--out', str(tmp_path/'p'), '-k', '0'])==2 and not (tmp_path/'p').exists()
+    df.assign(genre=3).to_csv(tmp_path/'r.csv', index=False)
+    assert fit()==0

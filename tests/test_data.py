@@ -236,3 +236,23 @@ def test_lightgcn_layout(tmp_path):
     with pytest.raises(ValueError, match='holds no interaction'): read_ratings(tmp_path)
     (tmp_path/'test.txt').unlink()
     with pytest.raises(ValueError, match='has a train.txt and no test.txt'): read_ratings(tmp_path)
+
+def test_large_ids_are_not_taken_for_their_neighbours(df):
+    "Floats hold 53 bits: beyond them another id would answer"
+    m = IdMap(np.arange(2**60, 2**60+10))
+    assert m.encode([2**60+7]).tolist()==[8] and m.encode([float(2**60+7)]).tolist()==[0]
+    for dtype in ('UInt64','Int64','uint64','int64[pyarrow]'): assert m.encode(pd.array([2**60+7], dtype=dtype)).tolist()==[8], dtype
+    assert m.encode(pd.array([2**60+7,None,5], dtype='UInt64')).tolist()==[8,0,0]
+    assert IdMap([3,5]).encode([5.,4.5,np.nan]).tolist()==[2,0,0]
+    dls = loaders(df.assign(user=df.user+2**60))
+    with pytest.raises(UnknownIdError, match='these are float'): dls.test_dl(df.assign(user=df.user+2**60)[['user','item','rating']].iloc[5])
+
+def test_names_and_weights_that_could_not_work(df):
+    for n in ('rank','score','pred'):
+        with pytest.raises(ValueError, match='would be overwritten'): loaders(df.rename(columns=dict(item=n)), item_name=n)
+    with pytest.raises(ValueError, match='is 0 in every training row'): loaders(df.assign(w=0.), weight_name='w')
+
+def test_ordered_categories_are_times_in_their_order():
+    months = ['Jan','Feb','Mar','Apr']
+    when = pd.Categorical(months*10, categories=months, ordered=True)
+    assert set(when[TimeSplitter(0.25)(pd.DataFrame(dict(timestamp=when)))[1]])=={'Apr'}

@@ -426,3 +426,26 @@ def test_callbacks_are_asked_as_by_fastai():
     (ref,run),(new,run2) = made(Learner),made(CFLearner)
     assert ref==new and run and run2 and {n for n,_ in ref}=={'Own','All','late'} and len(ref)>50
     with pytest.raises(Exception, match='missing nonsense'): make('lean')('nonsense')
+
+@pytest.mark.parametrize('opt', [torch.optim.SGD, torch.optim.AdamW])
+def test_optimizers_of_torch_get_the_schedule(opt):
+    "`OptimWrapper` hands out copies of its hyper-parameters"
+    learns = []
+    for fast in (None,False):
+        torch.manual_seed(0)
+        learn = make('lean', opt_func=partial(OptimWrapper, opt=opt))
+        learn.fast = fast
+        with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(1, 0.1)
+        learns.append(learn)
+    a,b = learns
+    assert a.opt.hypers[0]['lr']==pytest.approx(b.opt.hypers[0]['lr']) and a.opt.hypers[0]['lr']==pytest.approx(a.recorder.lrs[-1])
+    for p,q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+def test_a_step_of_ones_own_is_run(capsys):
+    class Own(CFLearner):
+        def _step(self): pass
+    learn = make('lean')
+    learn.__class__ = Own
+    before = learn.model.item_bias.clone()
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.05)
+    assert torch.equal(before, learn.model.item_bias) and 'Own (_step)' in capsys.readouterr().out
