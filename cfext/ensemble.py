@@ -111,7 +111,9 @@ class Ensemble:
         ws = None if self.method in ('max','median') else self.weights
         return merge_preds((cut(p) for p in preds), self.method, ws, kind=self.kind, spread=spread)
 
-# %% ../nbs/14c_ensemble.ipynb #1693c568
+# %% ../nbs/14c_ensemble.ipynb #674e9344
+def _home(model): return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device('cpu'))
+
 @contextmanager
 def _brought(learn, device):
     "Run a block with a learner's model on `device`, then take it back"
@@ -279,9 +281,7 @@ def fit_stack(self:Ensemble,
     "Fit a `stack` of the members on rows that no member was trained on"
     return stack(*self._unseen(rows), how, **kwargs)
 
-# %% ../nbs/14c_ensemble.ipynb #5afa00bf
-def _home(model): return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device('cpu'))
-
+# %% ../nbs/14c_ensemble.ipynb #e9a1494d
 class MergedModel(CFModel):
     "Models of different codes as one: `maps[j]` turns common codes of users and items into those of model j"
     def __init__(self,
