@@ -16,6 +16,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cfext.averaging.GibbsMF': ('averaging.html#gibbsmf', 'cfext/averaging.py'),
                                  'cfext.averaging.GibbsMF.__init__': ('averaging.html#gibbsmf.__init__', 'cfext/averaging.py'),
                                  'cfext.averaging.GibbsMF._features': ('averaging.html#gibbsmf._features', 'cfext/averaging.py'),
+                                 'cfext.averaging.GibbsMF.before_fit': ('averaging.html#gibbsmf.before_fit', 'cfext/averaging.py'),
                                  'cfext.averaging.GibbsMF.before_train': ('averaging.html#gibbsmf.before_train', 'cfext/averaging.py'),
                                  'cfext.averaging.GibbsMF.begin': ('averaging.html#gibbsmf.begin', 'cfext/averaging.py'),
                                  'cfext.averaging.GibbsMF.sweep': ('averaging.html#gibbsmf.sweep', 'cfext/averaging.py'),

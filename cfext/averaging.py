@@ -229,7 +229,7 @@ def _side(x, j, n):
     starts = torch.cat([x.new_zeros(1), torch.bincount(x[:,j], minlength=n).cumsum(0)])
     return starts,order,x[order,1-j]
 
-# %% ../nbs/07b_averaging.ipynb #e145dcef
+# %% ../nbs/07b_averaging.ipynb #21b37c31
 class GibbsMF(_Keeps):
     "Draw a `DotProductBias` from its posterior: an epoch is a Gibbs sweep, and the model holds the latest draw"
     order = 90
@@ -246,23 +246,27 @@ class GibbsMF(_Keeps):
         if not lam>0: raise ValueError(f"`lam`={lam} should be above 0")
         store_attr()
 
-    def begin(self):
-        m,ds = self.learn.model,self.dls.train_ds
+    def before_fit(self):
+        super().before_fit()
+        if not self.fits: return
+        m = self.learn.model
         if type(m) is not DotProductBias or m.y_range is not None:
             raise TypeError("GibbsMF draws from a DotProductBias without `y_range` (the noise is Gaussian on the rating scale): cf_learner(dls, 'dot', y_range=None)")
+        self.feats = [self._features(f, n, v) for f,n,v in ((self.user_x, m.n_users, 'user_x'), (self.item_x, m.n_items, 'item_x'))]
+    def begin(self):
+        m,ds = self.learn.model,self.dls.train_ds
         self.tau = 1.
         self.g = torch.Generator(ds.x.device).manual_seed(self.seed)
         x,self.y = ds.x.long(),ds.y[:,0]
         self.sides = [_side(x, j, n) for j,n in enumerate((m.n_users, m.n_items))]
-        feats = [self._features(f, n, v) for f,n,v in ((self.user_x, m.n_users, 'user_x'), (self.item_x, m.n_items, 'item_x'))]
-        self.priors = [_Prior(f, m.item_factors.shape[1]+1, self.lam, self.g) for f in feats]
+        self.priors = [_Prior(f, m.item_factors.shape[1]+1, self.lam, self.g) for f in self.feats]
         with torch.no_grad(): m.offset.copy_(self.y.mean())
         self.x = x
 
     def _features(self, f, n, name):
         if f is None: return None
         if f.ndim!=2 or len(f)!=n: raise ValueError(f"`{name}` is of shape {tuple(f.shape)}, expected ({n}, any): a row for each code, 0 the unknown one")
-        return f.to(self.g.device).float()
+        return f.to(self.dls.train_ds.x.device).float()
 
 # %% ../nbs/07b_averaging.ipynb #0194656c
 @patch
