@@ -5,8 +5,9 @@
 Rows, schedules, numbers and bookkeeping of the loop that a GPU takes, on a processor, with kernels stubbed: one learner and eight by
 `fit_many`, at the batches an epoch has on ML-100K (1,250 of 64 rows, 79 of 1,024), one row a batch here, so that rows cost next to
 nothing. `loop` is the training part of one learner's epoch, `epoch` all of it, with a validation of 64 rows and fastai's events.
-Processor time, medians of `--repeats` fits of `--epochs` epochs after a warm one. A GPU waits for this once an epoch, and no kernel
-makes it less: it is the least that an epoch takes."""
+`read` and `eight_read` are the parts of `epoch` and `eight` that are done while the device trains: losses averaged and handed to the
+recorder. A GPU waits for the rest once an epoch, and no kernel makes it less. Processor time of one thread, medians of `--repeats` fits of
+`--epochs` epochs after a warm one."""
 import argparse,statistics,time
 
 import numpy as np,torch
@@ -15,9 +16,10 @@ from common import record
 from cfext import *
 import cfext.kernels as kernels
 from cfext.learner import CFLearner
+from cfext.loop import _Books
 from cfext.many import _Together
 
-loops = []
+loops,reads = [],[]
 def timed_epoch(learn):
     t = time.process_time()
     kernels.kernel_epoch(learn)
@@ -27,6 +29,12 @@ def stub():
     "Let learners on a processor take a GPU's loop, with kernels that do nothing"
     kernels.kernel_hurdle.__globals__['kernel_ready'] = lambda device: None
     kernels.KernelSteps.several = lambda self, sizes: None
+    tick = _Books.tick
+    def timed_tick(self, **kwargs):
+        t = time.process_time()
+        try: return tick(self, **kwargs)
+        finally: reads.append(0. if kwargs.get('last') else time.process_time()-t)
+    _Books.tick = timed_tick
     torch.cuda._device_count_nvml = lambda: 0 # asked anew by each look at random numbers, where there is no GPU
     CFLearner._fast_epoch = timed_epoch
     _Together.pick = lambda self: 'kernels'
@@ -57,14 +65,20 @@ if __name__=='__main__':
     p.add_argument('--epochs', type=int, default=5)
     args = p.parse_args()
     stub()
+    torch.set_num_threads(1)
     res = {}
     for n in (1250,79):
-        times = []
+        runs = []
         for r in range(args.repeats+1):
             loops.clear()
-            times.append((fit_one(n, args.epochs), statistics.median(loops)*1e3, fit_eight(n, args.epochs)))
-        epoch,loop,eight = zip(*times[1:])
-        med = {k: float(f'{statistics.median(v):.3g}') for k,v in dict(loop=loop, epoch=epoch, eight=eight).items()}
-        res[f'{n} batches'] = dict(ms=med, least={k: float(f'{min(v):.3g}') for k,v in dict(loop=loop, epoch=epoch, eight=eight).items()}, eight_by_one=round(med['eight']/med['epoch'], 2))
+            row = {}
+            for k,f in dict(epoch=fit_one, eight=fit_eight).items():
+                reads.clear()
+                row[k] = f(n, args.epochs)
+                row['read' if k=='epoch' else 'eight_read'] = sum(reads)/args.epochs*1e3
+            runs.append({'loop':statistics.median(loops)*1e3, **row})
+        over = lambda f: {k: float(f'{f([r[k] for r in runs[1:]]):.3g}') for k in runs[0]}
+        med = over(statistics.median)
+        res[f'{n} batches'] = dict(ms=med, least=over(min), eight_by_one=round((med['eight']-med['eight_read'])/(med['epoch']-med['read']), 2))
         print(n, res[f'{n} batches'], flush=True)
     record('host_cpu', res)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['KernelSteps', 'kernel_ready', 'kernel_hurdle', 'kernel_epoch']
 
-# %% ../nbs/05d_kernels.ipynb #90f100f2
+# %% ../nbs/05d_kernels.ipynb #eeec9fb1
 import weakref
+from collections import deque
 from functools import cache
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from fastcore.all import *
 from .core import *
 from .data import *
 from .losses import *
-from .loop import _Books,lay_out
+from .loop import _Books,_no_search,lay_out
 from .capture import *
 from .factors import *
 
@@ -25,9 +26,9 @@ except ImportError: triton,tl = None,SimpleNamespace(constexpr=int)
 _jit = noop if triton is None else triton.jit(do_not_specialize=['j','m','bs','n_rows','n_steps'])
 _inline = noop if triton is None else triton.jit
 
-# %% ../nbs/05d_kernels.ipynb #7afc537c
+# %% ../nbs/05d_kernels.ipynb #c75be35d
 @_jit
-def _grad_kernel(at, j, m, bs, n_rows, n_steps, stride, x, y, w, offset, P, Q, bu, bi, gP, gQ, gbu, gbi, losses, lo, span,
+def _grad_kernel(at, j, m, bs, n_rows, stride, x, y, w, offset, P, Q, bu, bi, gP, gQ, gbu, gbi, losses, lo, span,
                  F:tl.constexpr, WIDE:tl.constexpr, ROWS:tl.constexpr, BIAS:tl.constexpr, RANGE:tl.constexpr, WEIGHTS:tl.constexpr):
     k,step = tl.program_id(1).to(tl.int64),tl.load(at)+j
     r,f = tl.program_id(0)*ROWS+tl.arange(0, ROWS),tl.arange(0, WIDE)
@@ -48,7 +49,7 @@ def _grad_kernel(at, j, m, bs, n_rows, n_steps, stride, x, y, w, offset, P, Q, b
         g = 1./(1.+tl.exp(-s))
         slope = span*g*(1.-g)
         d = lo+span*g-tl.load(y+row, mask=ok, other=0.)
-    tl.atomic_add(losses+k*n_steps+step, tl.sum(tl.where(ok, d*d*share, 0.)), sem='relaxed')
+    tl.atomic_add(losses+step*tl.num_programs(1)+k, tl.sum(tl.where(ok, d*d*share, 0.)), sem='relaxed')
     c = 2.*d*slope*share
     tl.atomic_add(gP+pu, c[:,None]*q, mask=cell, sem='relaxed')
     tl.atomic_add(gQ+qi, c[:,None]*p, mask=cell, sem='relaxed')
@@ -88,7 +89,7 @@ def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1
     elif pid<E2: _adam(p2+o, m2+o, v2+o, g2+o, n2, row+K2, pid-E1, M2, B)
     else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-E2, M3, B)
 
-# %% ../nbs/05d_kernels.ipynb #faf8b227
+# %% ../nbs/05d_kernels.ipynb #870038e2
 class KernelSteps:
     "Steps of Adam on the tables of K dot products, by two kernels each"
     block = 1024
@@ -112,7 +113,9 @@ class KernelSteps:
         self.n_models,self.sizes,self.grads = K,[t.numel()//K for t in tables],grads or [torch.zeros_like(t) for t in tables]
         assert all(o.stride()==t.stride() for ts in (avgs, sqrs, self.grads) for o,t in zip(ts, tables)) and all(t.ndim==2 or t.stride(0)==self.stride for t in tables)
         self.offset,self.graphs,self.records = torch.zeros(K, device=dev) if offset is None else offset,{},dev.type=='cuda'
-        self.at,self.losses = torch.zeros(1, dtype=torch.long, device=dev),torch.zeros(K, n_steps, device=dev)
+        self.at,self.losses = torch.zeros(1, dtype=torch.long, device=dev),torch.zeros(n_steps, K, device=dev)
+        self.heard,self.waiting,self.done = torch.zeros(n_steps, K, pin_memory=True) if dev.type=='cuda' else self.losses,deque(),0
+        self.ahead = 64 if dev.type=='cuda' else 0 # pieces that may be under way
         self.x,self.y,self.w = torch.zeros(K, n_rows, 2, dtype=torch.int32, device=dev),torch.zeros(K, n_rows, device=dev),None
         self.nums = torch.zeros(K, n_steps, n_groups, len(TensorStep.columns), device=dev)
         ends = torch.tensor([-(-n//self.block) for n in self.sizes]).cumsum(0).tolist()
@@ -129,7 +132,7 @@ def launch(self:KernelSteps,
     wide = 1<<(F-1).bit_length()
     rows = max(1, (256 if m<4096 else 1024)//wide)
     pad = lambda o: [*o, *o[:4-len(o)]]
-    _grad_kernel[(-(-m//rows),K)](self.at, j, m, self.bs, self.n_rows, self.n_steps, self.stride, self.x, self.y, self.y if self.w is None else self.w, self.offset,
+    _grad_kernel[(-(-m//rows),K)](self.at, j, m, self.bs, self.n_rows, self.stride, self.x, self.y, self.y if self.w is None else self.w, self.offset,
         *pad(ts), *pad(gs), self.losses, float(lo), float(hi-lo), F=F, WIDE=wide, ROWS=rows, BIAS=len(ts)>2, RANGE=self.y_range is not None, WEIGHTS=self.w is not None)
     sets = pad(list(zip(ts, self.avgs, self.sqrs, gs, self.sizes)))
     n_cols = len(TensorStep.columns)
@@ -155,21 +158,48 @@ def record(self:KernelSteps,
         self.records = False
         print(f"the steps are launched one by one, since they could not be recorded: {str(e).splitlines()[0]}")
 
+# %% ../nbs/05d_kernels.ipynb #83c3d6e1
+@patch
+def listen(self:KernelSteps, a, b):
+    "Have the losses of the steps `a` to `b` brought to the host when they are done, without waiting"
+    event = None
+    if self.losses.is_cuda:
+        self.heard[a:b].copy_(self.losses[a:b], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    self.waiting.append((b, event))
+
+@patch
+def wait(self:KernelSteps)->int: # how many batches are done
+    "Wait for the first of the pieces under way"
+    self.done,event = self.waiting.popleft()
+    if event is not None: event.synchronize()
+    return self.done
+
+@patch
+def drain(self:KernelSteps)->int: # how many batches are done
+    "Wait for all pieces under way"
+    while self.waiting: self.wait()
+    return self.done
+
+# %% ../nbs/05d_kernels.ipynb #6a390db7
 @patch
 def run(self:KernelSteps,
     sizes:list, # rows of the epoch's batches
     per:int=32, # batches that go to the device as one piece
 ):
-    "Train on piece after piece; yields how many batches are done"
+    "Train on piece after piece; yields how many batches are done and have their losses in `heard`"
     for i in range(0, len(sizes), per):
         piece = tuple(sizes[i:i+per])
         if piece in self.graphs: self.graphs[piece] = self.graphs[piece] or self.record(piece)
         graph = self.graphs.setdefault(piece) # none the first time: it may have to compile, which can't be recorded
         if graph is None: self.several(piece)
         else: graph.replay()
-        yield i+len(piece)
+        self.listen(i, i+len(piece))
+        if len(self.waiting)>self.ahead: yield self.wait()
+    while self.waiting: yield self.wait()
 
-# %% ../nbs/05d_kernels.ipynb #6ef7aeb1
+# %% ../nbs/05d_kernels.ipynb #a98bce0d
 @cache
 def kernel_ready(
     device:str='cuda', # device to try
@@ -184,7 +214,7 @@ def kernel_ready(
         ks.y += torch.tensor([[3.],[7.]], device=device)
         ks.nums += torch.tensor([0.5,0.25], device=device).view(2, 1, 1, 1)
         ks.launch(0, 2)
-        got = [*ks.losses[:,0].tolist(), *ks.tables[2][:,0,0].tolist()]
+        got = [*ks.losses[0].tolist(), *ks.tables[2][:,0,0].tolist()]
     except Exception as e: return f"Triton can't run here: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
     right = 9.,16.,0.5*3/(36**0.5+0.5),0.25*2/(64**0.5+0.25) # the gradients are -6 and -8
     if max(abs(a-b) for a,b in zip(got, right))>1e-3: return f"Triton's numbers are wrong here: {got}, not {list(right)}"
@@ -201,7 +231,7 @@ def kernel_hurdle(
     if not all(p in there for p in learn.model.parameters()): return "some of its tables are frozen"
     return kernel_ready(str(learn.dls.device))
 
-# %% ../nbs/05d_kernels.ipynb #7f56e020
+# %% ../nbs/05d_kernels.ipynb #672d4522
 _kept = weakref.WeakKeyDictionary()
 
 def _steps(learn, stepper):
@@ -229,6 +259,8 @@ def load(self:KernelSteps,
     self.nums.copy_(nums)
     self.losses.zero_()
     self.at.zero_()
+    self.waiting.clear()
+    self.done = 0
     for k,blocks in enumerate(models):
         a = 0
         for cuts,u,i,y,w in blocks:
@@ -238,7 +270,7 @@ def load(self:KernelSteps,
             if self.w is not None: self.w[k,a:b] = 1. if w is None else w
             a = b
 
-# %% ../nbs/05d_kernels.ipynb #83327338
+# %% ../nbs/05d_kernels.ipynb #691285ae
 def kernel_epoch(
     learn, # a `Learner` inside `fit`, for which `kernel_hurdle` is None
     per:int=32, # batches that go to the device as one piece
@@ -251,10 +283,14 @@ def kernel_epoch(
     ks.load(stepper.table(plan, ks.at.device)[None], row_blocks(learn))
     stepper.stepped = {p for *_,ps in stepper.groups for p in ps}
     books = _Books(learn, n, learn.dls.device)
-    books.losses = ks.losses[0]
+    books.losses = ks.heard[:,0]
     try:
-        for i in ks.run([b-a for a,b in zip(cuts, cuts[1:])], per):
-            books.done = stepper.done = i
-            books.tick()
-        books.tick(last=True)
-    finally: books.close(plan, stepper)
+        with _no_search():
+            for i in ks.run([b-a for a,b in zip(cuts, cuts[1:])], per):
+                books.done = stepper.done = i
+                books.tick(per=128)
+            books.tick(last=True)
+    finally:
+        books.done = stepper.done = ks.drain() # with those that were under way when something ended the fit
+        books.close(plan, stepper)
+        if books.done: learn.loss = ks.losses[books.done-1,0]

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
-# %% ../nbs/06_learner.ipynb #e9a7b178
+# %% ../nbs/06_learner.ipynb #082a6c56
 import inspect,warnings
 from contextlib import nullcontext
+from operator import attrgetter
 
 import numpy as np,pandas as pd
 import torch
@@ -64,7 +65,7 @@ class RowWeights(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
-# %% ../nbs/06_learner.ipynb #e2c27188
+# %% ../nbs/06_learner.ipynb #1162f161
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
     mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
@@ -80,7 +81,7 @@ class CFLearner(Learner):
     def _call_one(self, event_name):
         "As `Learner`'s, but callbacks that have nothing to do at an event are not asked, which takes some 20 microseconds each"
         if not hasattr(event, event_name): return super()._call_one(event_name)
-        for cb in self.cbs.sorted('order'):
+        for cb in sorted(self.cbs.items, key=attrgetter('order')):
             if _acts(cb, event_name) or event_name=='after_fit' or type(cb).__call__ is not Callback.__call__: cb(event_name)
     def _tell(self, what):
         if what in self.__dict__.setdefault('_told', []): return

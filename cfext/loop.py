@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['batch_events', 'batch_needs', 'lay_out', 'FusedAdam', 'lean_epoch', 'lean_validate']
 
-# %% ../nbs/05_loop.ipynb #6e95112f
-import math,time
-from contextlib import suppress
+# %% ../nbs/05_loop.ipynb #a1fe514c
+import gc,math,time
+from contextlib import contextmanager,suppress
 from functools import partial
 from itertools import accumulate
 
@@ -25,7 +25,7 @@ from fastai.optimizer import adam_step,average_grad,average_sqr_grad,l2_reg,step
 from fastcore.all import *
 from .core import *
 
-# %% ../nbs/05_loop.ipynb #6747121e
+# %% ../nbs/05_loop.ipynb #6be4f41a
 batch_events = L('before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step '
                  'after_cancel_step after_step after_cancel_batch after_batch'.split())
 _known = (TrainEvalCallback, CastToTensor, Recorder, ProgressCallback, ParamScheduler, TerminateOnNaNCallback)
@@ -42,7 +42,7 @@ def batch_needs(
     "Find the callbacks that have to be asked during each batch"
     res = {}
     for cb in learn.cbs:
-        events = [e for e in batch_events if _acts(cb, e)]
+        events = [e for e in batch_events.items if _acts(cb, e)]
         if not events or not _runs(cb, training): continue
         if type(cb) in _known and not getattr(cb, 'train_metrics', False): continue
         if type(cb) in _asked or (getattr(cb, 'on_device', False) and set(events)<=set(_device_events)): continue
@@ -54,7 +54,7 @@ def _asks(learn, training=True):
     cbs = [cb for cb in learn.cbs.sorted('order') if _runs(cb, training) and (type(cb) in _asked or getattr(cb, 'on_device', False))]
     return {e: [getattr(cb, e) for cb in cbs if _acts(cb, e)] for e in _device_events}
 
-# %% ../nbs/05_loop.ipynb #74a5c75c
+# %% ../nbs/05_loop.ipynb #e2d17df3
 def _cos(a): return np.fromiter(map(math.cos, a.ravel().tolist()), float).reshape(a.shape) # the last bit too is that of `math.cos`
 _forms = {sched_no:  lambda start,end,pos: start,
           sched_lin: lambda start,end,pos: start+pos*(end-start),
@@ -94,7 +94,9 @@ def lay_out(
     "Tabulate what the schedulers will set before each batch"
     scheds = [cb for cb in learn.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run]
     fs = {k:f for cb in scheds for k,f in cb.scheds.items()}
-    pcts = np.cumsum([learn.pct_train, *[1./max(1, n*learn.n_epoch)]*n]) # one by one, as fastai adds them up
+    pcts = np.full(n+1, 1./max(1, n*learn.n_epoch))
+    pcts[0] = learn.pct_train
+    pcts = pcts.cumsum() # one by one, as fastai adds them up
     return _Plan(pcts, {k: _values(f, pcts[:-1], len(learn.opt.hypers)) for k,f in fs.items()})
 
 # %% ../nbs/05_loop.ipynb #acf88418
@@ -158,12 +160,21 @@ class _OwnStep:
     def step(self, hypers): self.opt.step()
     def sync(self): pass
 
-# %% ../nbs/05_loop.ipynb #ed766b1c
+# %% ../nbs/05_loop.ipynb #145f54bc
+@contextmanager
+def _no_search():
+    "Keep Python from searching for cycles inside a block that makes many small tensors, none of which is to be freed"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
 class _Books:
     "Keeps what fastai's bookkeepers would have written, and writes it"
     def __init__(self, learn, n, device):
         self.learn,self.done,self.read,self.t = learn,0,0,time.time()
-        self.losses = torch.empty(n, device=device)
+        self.losses = torch.empty(n, device=device) # of each batch
         self.rec,self.prog = getattr(learn, 'recorder', None),getattr(learn, 'progress', None)
         self.smoothed,self.bad,self.nan = [],False,any(isinstance(cb, TerminateOnNaNCallback) and cb.run for cb in learn.cbs)
     def smooth(self):
@@ -174,22 +185,24 @@ class _Books:
             new = new[:np.isfinite(new).argmin()]
             self.done,self.bad = self.read+len(new),True
         vals = list(accumulate(new.tolist(), lambda val,loss: loss+beta*(val-loss), initial=float(sm.val)))
-        self.smoothed += (np.array(vals[1:])/(1-beta**(sm.count+1.+np.arange(len(new))))).tolist()
+        smoothed = np.array(vals[1:])/(1-beta**(sm.count+1.+np.arange(len(new))))
+        self.smoothed += torch.from_numpy(smoothed).float().unbind()
         self.read,sm.val,sm.count = self.done,torch.tensor(vals[-1]),sm.count+len(new)
-        if self.smoothed: self.learn.smooth_loss = torch.tensor(self.smoothed[-1])
+        if self.smoothed: self.learn.smooth_loss = self.smoothed[-1]
         if self.bad: raise CancelFitException()
-    def tick(self, last=False):
-        "Read and show what is there, ten times a second at the most"
-        if not last and time.time()-self.t<0.1: return
+    def tick(self, last=False, per=None):
+        "Read and show what is there, ten times a second at the most; where reading is free, also when `per` losses are new"
+        due = last or time.time()-self.t>=0.1
+        if self.rec is not None and (due or (per and self.done-self.read>=per)): self.smooth()
+        if not due: return
         self.t = time.time()
-        if self.rec is not None: self.smooth()
         self.show()
     def show(self):
         if self.prog is None: return
         self.prog.pbar.update(self.done)
         if self.smoothed: self.prog.pbar.comment = f'{self.smoothed[-1]:.4f}'
 
-# %% ../nbs/05_loop.ipynb #54c649ad
+# %% ../nbs/05_loop.ipynb #6d10535d
 @patch
 def close(self:_Books, plan, stepper):
     "Leave recorder, schedulers, optimizer and learner as after `done` batches of fastai's loop"
@@ -210,7 +223,7 @@ def close(self:_Books, plan, stepper):
     learn.iter = done-1
     if self.rec is not None:
         self.rec.lrs += lrs
-        self.rec.losses += torch.tensor(self.smoothed).unbind()
+        self.rec.losses += self.smoothed
     self.show()
 
 # %% ../nbs/05_loop.ipynb #ca5c5291

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['fit_many']
 
-# %% ../nbs/14g_many.ipynb #4552c4f9
-import gc,threading,time,warnings
+# %% ../nbs/14g_many.ipynb #2c1e2605
+import threading,time,warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .core import *
 from .data import *
 from .capture import _aside
 from .loop import *
-from .loop import _asks,_Books,_OwnStep,_fused_kind
+from .loop import _asks,_Books,_no_search,_OwnStep,_fused_kind
 from .learner import *
 from .stacked import *
 
@@ -60,7 +60,7 @@ class _Member:
         if self.stopping: raise _Stopped
         if self.lost: raise CancelFitException()
 
-# %% ../nbs/14g_many.ipynb #f81c85bf
+# %% ../nbs/14g_many.ipynb #41082e75
 @contextmanager
 def _lent_random():
     "Let members draw from random numbers of their own inside a block, one after another; those of the caller stay as they are"
@@ -77,17 +77,18 @@ def random(self:_Member):
     finally: self.rng = get_random_states()
 
 @patch
-def run(self:_Member):
-    "Go on to the next epoch's batches, or to the end; is there an epoch to train?"
+def run(self:_Member, then=noop):
+    "Go on to the next epoch's batches, where `then` is called with the member, or to the end; is there an epoch to train?"
     with self.random():
         self.go.release()
         self.back.acquire()
+        if not self.done: then(self)
     if self.err is not None: raise self.err
     return not self.done
 
-def _go_on(members):
+def _go_on(members, then=noop):
     "Bring all to their next epoch's batches, or to the end; those that have an epoch to train"
-    with _lent_random(): return [m for m in members if not m.done and m.run()]
+    with _lent_random(): return [m for m in members if not m.done and m.run(then)]
 
 @patch
 def stop(self:_Member):
@@ -97,7 +98,7 @@ def stop(self:_Member):
     self.go.release()
     self.thread.join()
 
-# %% ../nbs/14g_many.ipynb #c3ba9aa9
+# %% ../nbs/14g_many.ipynb #83965fa8
 def _check_member(j, l, l0):
     "Raise if a learner at its batches is one that cannot be trained together with the first"
     if not isinstance(l.dl, ResidentDL): raise TypeError(f"learner {j} has no CFDataLoaders: train it by itself")
@@ -115,12 +116,11 @@ def _one_of(l, cls): return first(cb for cb in l.cbs if isinstance(cb, cls))
 
 class _Rows:
     "A member's rows in the order of an epoch: codes `x` (n,2), targets, weights; and where its batches are cut"
-    def __init__(self, m):
-        dl = m.learn.dl
-        ds,self.cuts,drop = dl.dataset,dl.bounds(),_one_of(m.learn, IdDropout)
-        with m.random():
-            self.idx = torch.as_tensor(dl.get_idxs(), device=ds.x.device)[:self.cuts[-1]]
-            self.mask = drop.mask((len(self.idx),2), dl.device) if drop and drop.run and drop.p else None
+    def __init__(self, learn):
+        dl = learn.dl
+        ds,self.cuts,drop = dl.dataset,dl.bounds(),_one_of(learn, IdDropout)
+        self.idx = torch.as_tensor(dl.get_idxs(), device=ds.x.device)[:self.cuts[-1]]
+        self.mask = drop.mask((len(self.idx),2), dl.device) if drop and drop.run and drop.p else None
         self.dl,self.bs,self.scale = dl,dl.bs,None if ds.w is None else ds.w.mean()
     def size(self, i): return self.cuts[i+1]-self.cuts[i] if i+1<len(self.cuts) else 0
     def blocks(self, n, block=1<<20):
@@ -133,6 +133,10 @@ class _Rows:
         s = slice(self.cuts[a], self.cuts[b])
         x,y,w = self.dl._take(self.idx[s])
         return x.long() if self.mask is None else x.long().masked_fill(self.mask[s], 0),y,None if w is None else w/self.scale
+
+def _draw(m):
+    "Draw the rows of a member's epoch"
+    m.rows = _Rows(m.learn) if isinstance(m.learn.dl, ResidentDL) else None # which `_check_member` tells
 
 # %% ../nbs/14g_many.ipynb #6ffeb4bc
 def _n_full(rows, bs):
@@ -169,7 +173,7 @@ def _losses(learn, pred, y, w):
         with learn.loss_not_reduced(): losses = (vmap(lambda p,y: learn.loss_func(p, y).reshape(len(p), -1).mean(1))(pred, y)*w).mean(1)
     return losses.detach(),torch.autograd.grad(losses.sum(), pred)[0]
 
-# %% ../nbs/14g_many.ipynb #db8ee495
+# %% ../nbs/14g_many.ipynb #7c615e39
 class _Together:
     "The stacked models and optimizers of some members"
     way,device_steps = None,None # full batches: 'kernels', 'recorded' or 'called' from the host; None: see `pick`
@@ -178,7 +182,7 @@ class _Together:
         for j,l in enumerate(self.learns): _check_member(j, l, self.learns[0])
         self.stack = Stacked([l.model for l in self.learns])
         self.adam = StackedAdam(self.stack, [l.opt for l in self.learns])
-        self.device,self.sign = torch.device(self.learns[0].dl.device),self.signature()
+        self.device,self.sign,self.known = torch.device(self.learns[0].dl.device),self.signature(),{}
     def signature(self): return [(id(l.model), id(l.opt), l.dl.bs, [p.requires_grad for p in l.model.parameters()]) for l in self.learns]
     def goes_on(self, members): return self.members==members and self.sign==self.signature()
     def pick(self):
@@ -199,7 +203,7 @@ class _Together:
         self.stack.clear()
         return losses
 
-# %% ../nbs/14g_many.ipynb #779511a9
+# %% ../nbs/14g_many.ipynb #1a45ed58
 def _told(o):
     "Something that is equal for schedules that are alike: functions by their code and what they hold"
     if hasattr(o, 'tolist'): return _told(o.tolist())
@@ -209,24 +213,27 @@ def _told(o):
     if hasattr(o, '__code__'): return o.__code__,_told(o.__defaults__ or ()),_told([c.cell_contents for c in o.__closure__ or ()])
     return o
 
-def _plans(learns, counts):
-    "What `lay_out` gives for each learner"
+def _plans(learns, counts, known):
+    "What `lay_out` gives for each learner; `known`: what was told before, by the id of a callback's schedules"
     keys,res = [],[]
     for l,n in zip(learns, counts):
-        scheds = [_told(cb.scheds) for cb in l.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run]
+        cbs = [cb for cb in l.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run]
+        for cb in cbs:
+            if id(cb.scheds) not in known: known[id(cb.scheds)] = cb.scheds,_told(cb.scheds) # both, for the id is good while the dict lives
+        scheds = [known[id(cb.scheds)][1] for cb in cbs]
         keys.append((n, l.n_epoch, l.pct_train, len(l.opt.hypers), scheds))
         j = keys.index(keys[-1])
         res.append(res[j] if j<len(res) else lay_out(l, n))
     return res
 
-# %% ../nbs/14g_many.ipynb #1e225f86
+# %% ../nbs/14g_many.ipynb #b7a7783e
 class _Replay:
     "The steps that all members make with full batches; rows, numbers and the step's own number lie on the device"
     def __init__(self, together, n):
         dev,K = together.device,len(together.members)
-        self.together,self.n_steps,self.graph,self.records = together,n,None,dev.type=='cuda'
+        self.together,self.n_steps,self.graph,self.records,self.done = together,n,None,dev.type=='cuda',0
         self.i,self.cols,self.nums = torch.zeros(1, dtype=torch.long, device=dev),None,None
-        self.losses = torch.zeros(K, n, device=dev)
+        self.losses,self.heard = torch.zeros(n, K, device=dev),None
     def load(self, nums, *models):
         "Take over an epoch's numbers and rows"
         bs,pieces = self.together.learns[0].dl.bs,[]
@@ -239,15 +246,18 @@ class _Replay:
             for a,b in (*zip(self.cols, cols), (self.nums, nums)):
                 if a is not None: a.copy_(b)
         self.i.zero_()
+        self.done = 0
     def run(self, sizes, n_warm=3):
         "Train on batch after batch; yields how many are done"
         for i in range(len(sizes)):
             if self.graph is None and self.records and i>=n_warm: self.record()
             self.step() if self.graph is None else self.graph.replay()
-            yield i+1
+            self.done = i+1
+            yield self.done
+    def drain(self): return self.done
     def step(self):
         x,y,w = (None if c is None else c.index_select(0, self.i)[0] for c in self.cols)
-        self.losses.index_copy_(1, self.i, self.together.grads(None, x, y, w)[:,None])
+        self.losses.index_copy_(0, self.i, self.together.grads(None, x, y, w)[None])
         self.together.adam.step_on_device(self.nums, self.i)
         self.together.stack.clear()
         self.i += 1
@@ -261,57 +271,54 @@ class _Replay:
             self.records = False
             print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
-# %% ../nbs/14g_many.ipynb #13d6837e
+# %% ../nbs/14g_many.ipynb #b0d5548a
 @patch
 def _whole(self:_Together, rows, done, losses):
     "Run the full batches by steps that lie on the device; `done` is told of them"
-    n,ks,ran = _n_full(rows, rows[0].bs),range(len(rows)),0
+    n,ks = _n_full(rows, rows[0].bs),range(len(rows))
     if n==0 or self.way=='called': return 0
     if self.device_steps is None or self.device_steps.n_steps!=n: self.device_steps = self.adam.kernel_steps(rows[0].bs, n) if self.way=='kernels' else _Replay(self, n)
     ds = self.device_steps
     with _aside(self.device): # the default stream can't be recorded
         ds.load(self.adam.tables(n), *(r.blocks(n) for r in rows))
         try:
-            for ran in ds.run([rows[0].bs]*n): done(ran, ks, ds.losses.T)
+            with _no_search():
+                for ran in ds.run([rows[0].bs]*n): done(ran, ks, ds.losses, ds.heard)
         finally:
-            losses[:ran] = ds.losses.T[:ran]
+            ran = ds.drain()
+            losses[:ran] = ds.losses[:ran]
             for t in (self.adam.t,self.adam.count): t += ran
     return n
 
-@contextmanager
-def _no_search():
-    "Keep Python from searching for cycles inside a block that makes many small tensors, none of which is to be freed"
-    on = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if on: gc.enable()
-
 @patch
 def _close(self:_Together, books, plans, losses):
-    heard = losses.T.contiguous().cpu() # the one time that the host waits for the losses
+    heard = losses.T.contiguous().cpu() # the one time that the host waits for all losses
     for m,l,b,plan,own,dev in zip(self.members, self.learns, books, plans, heard, losses.T):
-        ran,b.losses = b.done,own
+        b.losses = own
         b.close(plan, _OwnStep(l.opt))
         if b.done: l.loss = dev[b.done-1]
-        m.lost = b.done<ran # its NaN ended it
+        m.lost = b.bad # its NaN ended it
 
 @patch
 def epoch(self:_Together, tick):
     "Run the training batches of an epoch, and leave each learner as its own loop would have"
     self.way = self.way or self.pick()
-    with _lent_random(): rows = [_Rows(m) for m in self.members]
+    rows = [m.rows for m in self.members]
     counts = [len(r.cuts)-1 for r in rows]
     books = [_Books(l, n, self.device) for l,n in zip(self.learns, counts)]
-    plans = _plans(self.learns, counts)
+    plans = _plans(self.learns, counts, self.known)
     for l,n in zip(self.learns, counts): l.n_iter = n
     self.stack.take()
     self.adam.lay_out(plans)
     losses = torch.full((max(counts), len(rows)), np.nan, device=self.device)
-    def _done(i, ks, got):
+    def _done(i, ks, got, heard=None):
         new = i-books[ks[0]].done
-        for k in ks: books[k].done = i
-        tick(got, i-1, new)
+        for k,b in ((k,books[k]) for k in ks):
+            b.done = i
+            if heard is None: continue
+            b.losses = heard[:,k]
+            with suppress(CancelFitException): b.tick(per=128) # while the device goes on
+        tick(got if heard is None else heard, i-1, new)
     try:
         whole = self._whole(rows, _done, losses)
         for a,ks,x,y,w in _pieces(rows, rows[0].bs, whole):
@@ -368,7 +375,7 @@ class _Bar:
             self.bar = progress_bar(range(learn.n_epoch*len(learn.dl)), leave=False)
             self.bar.update(0)
 
-# %% ../nbs/14g_many.ipynb #2267b98b
+# %% ../nbs/14g_many.ipynb #e95554dc
 def fit_many(
     learners, # learners of one shape, or a function (seed) -> such a learner
     *args, # what each learner's `fit` takes, the same for all: epochs, learning rate
@@ -389,7 +396,7 @@ def fit_many(
     members = [_Member(l, partial(getattr(l, fit), *args, **{**kwargs, **e}), r) for l,e,r in zip(learns, each, rngs)]
     together = None
     try:
-        while live := _go_on(members):
+        while live := _go_on(members, _draw):
             if together is None or not together.goes_on(live): together = _Together(live)
             bar.size(live[0].learn)
             together.epoch(bar)

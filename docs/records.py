@@ -107,10 +107,10 @@ def growth(g):
     return ['<p>Growth of cfext alone, synthetic ratings, one thing at a time:</p>', together(figs)]
 
 def host(d):
-    v,names = View("What the processor does for a GPU's epoch"),dict(loop='one learner, its training part', epoch='one learner, all of the epoch', eight='eight learners, `fit_many`')
+    v,names = View("What the processor does for a GPU's epoch"),dict(loop='one learner, its training part', epoch='one learner, all of the epoch', read='of it, while the device trains', eight='eight learners, `fit_many`', eight_read='of them, while the device trains')
     for k,o in d.items():
         if at(o, 'ms'): v.parts.append(chart([Row(names.get(n, n).replace('`', ''), [s], {'the least seen':at(o, 'least', n)}, True) for n,s in o['ms'].items()], f'{k}: an epoch with kernels that do nothing', 'milliseconds of the processor', bars=True, less=True))
-    v.short.append('This is the least that an epoch takes, whatever the GPU: schedules, rows, books, callbacks. Eight learners at once cost about as many times that as there are learners.')
+    v.short.append('Schedules, rows, books and callbacks: what is not done while the device trains is the least that an epoch takes, whatever the GPU. Eight learners at once cost about as many times that as there are learners.')
     return v
 
 def rows_touched(d):

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np,pytest,torch
-from fastai.callback.all import EarlyStoppingCallback,ProgressCallback
+from fastai.callback.all import Callback,CancelFitException,EarlyStoppingCallback,ProgressCallback
 from fastai.losses import L1LossFlat
 from fastai.optimizer import *
 from fastai.torch_core import no_random
@@ -23,7 +23,7 @@ def test_in_an_interpreter():
     "This file again, and the page of the kernels, where Triton interprets its programs from the beginning"
     env = {**os.environ, 'TRITON_INTERPRET':'1'}
     res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', str(here)], env=env, cwd=here.parent.parent, capture_output=True, text=True)
-    assert res.returncode==0 and '26 passed' in res.stdout, res.stdout[-3000:]+res.stderr[-1000:]
+    assert res.returncode==0 and '27 passed' in res.stdout, res.stdout[-3000:]+res.stderr[-1000:]
     page = f"from nbdev.test import test_nb; import triton.language as tl; assert type(tl.sum).__name__=='InterpretedFunction'; raise SystemExit(not test_nb({str(here.parent.parent/'nbs'/'05d_kernels.ipynb')!r})[0])"
     res = subprocess.run([sys.executable, '-c', page], env=env, cwd=here.parent.parent, capture_output=True, text=True)
     assert res.returncode==0, res.stdout[-3000:]+res.stderr[-1000:]
@@ -85,6 +85,35 @@ def test_epochs_go_in_pieces_that_are_recorded_once(monkeypatch):
     for p,q in zip(ref.model.parameters(), new.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
     weighted = fit(True, weights=True, how=how, per=3)
     assert len(_kept[weighted.model].graphs)==2, 'steps without weights are not kept beside those with'
+
+@runs
+def test_pieces_under_way_count_when_a_fit_is_interrupted(monkeypatch):
+    "Events stood in for: the second piece's is interrupted while four have been launched"
+    from cfext.kernels import KernelSteps
+    heard = []
+    class Event:
+        def __init__(self, b): self.b = b
+        def synchronize(self):
+            heard.append(self.b)
+            if self.b==4 and len(heard)==2: raise KeyboardInterrupt
+    def listen(self, a, b):
+        self.ahead = 2
+        if self.losses.is_cuda: self.heard[a:b] = self.losses[a:b].cpu()
+        self.waiting.append((b, Event(b)))
+    monkeypatch.setattr(KernelSteps, 'listen', listen)
+    how = lambda l: l.fit(1, 0.01)
+    def broken(l):
+        with pytest.raises(KeyboardInterrupt): how(l)
+    class Stop(Callback):
+        order = 60 # after the recorder
+        def after_batch(self):
+            if self.training and self.iter==7: raise CancelFitException
+    new,ref = fit(True, how=broken, per=2, bs=32),fit(False, how=how, bs=32, cbs=Stop())
+    assert heard==[2,4,6,8] and len(new.recorder.losses)==8 and new.train_iter==8
+    torch.testing.assert_close(*(torch.stack([o.as_subclass(torch.Tensor).cpu() for o in l.recorder.losses]) for l in (new,ref)), rtol=1e-5, atol=1e-6)
+    for p,q in zip(ref.model.parameters(), new.model.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+        assert ref.opt.state[p]['step']==new.opt.state[q]['step']==8
 
 @pytest.mark.skipif(inside, reason='is not interpreted')
 @pytest.mark.parametrize('F,rows,flags', [(50,4,(True,True,False)), (50,16,(True,True,True)), (128,8,(False,True,False)), (1,256,(False,False,True))])
