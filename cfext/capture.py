@@ -82,7 +82,7 @@ class TensorStep:
             for p in ps:
                 if p in self.stepped: self.opt.state[p]['step'] = n+self.done
 
-# %% ../nbs/05a_capture.ipynb #9d334430
+# %% ../nbs/05a_capture.ipynb #de917f61
 def _apply(kind, do_wd, ps, gs, avgs, sqrs, row):
     "One step of a group: `kind` is what to do, `row` (10,) the numbers"
     keep,wd,mom,damp,sqr_mom,sqr_damp,size,sqr_size,eps,lr = row.unbind()
@@ -96,7 +96,7 @@ def _apply(kind, do_wd, ps, gs, avgs, sqrs, row):
         torch._foreach_add_(sqrs, torch._foreach_mul(torch._foreach_mul(gs, gs), sqr_damp))
     if kind[-1] in ('sgd','momentum'): return torch._foreach_sub_(ps, torch._foreach_mul(avgs or gs, lr))
     den = torch._foreach_div(sqrs, sqr_size) if kind[-1]=='adam' else list(sqrs)
-    den = torch._foreach_add(torch._foreach_sqrt(den), eps)
+    den = torch.ops.aten._foreach_add.Tensor(torch._foreach_sqrt(den), eps) # by its full name: `torch._foreach_add` would ask the device for the number
     torch._foreach_sub_(ps, torch._foreach_mul(torch._foreach_div(avgs or gs, den), size if kind[-1]=='adam' else lr))
 
 @patch
