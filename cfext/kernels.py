@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KernelSteps', 'kernel_ready', 'kernel_hurdle', 'kernel_epoch']
 
-# %% ../nbs/05d_kernels.ipynb #eeec9fb1
+# %% ../nbs/05d_kernels.ipynb #1c0767f0
 import weakref
 from collections import deque
 from functools import cache
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -89,7 +90,7 @@ def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1
     elif pid<E2: _adam(p2+o, m2+o, v2+o, g2+o, n2, row+K2, pid-E1, M2, B)
     else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-E2, M3, B)
 
-# %% ../nbs/05d_kernels.ipynb #870038e2
+# %% ../nbs/05d_kernels.ipynb #a1aacc0d
 class KernelSteps:
     "Steps of Adam on the tables of K dot products, by two kernels each"
     block = 1024
@@ -118,7 +119,7 @@ class KernelSteps:
         self.ahead = 64 if dev.type=='cuda' else 0 # pieces that may be under way
         self.x,self.y,self.w = torch.zeros(K, n_rows, 2, dtype=torch.int32, device=dev),torch.zeros(K, n_rows, device=dev),None
         self.nums = torch.zeros(K, n_steps, n_groups, len(TensorStep.columns), device=dev)
-        ends = torch.tensor([-(-n//self.block) for n in self.sizes]).cumsum(0).tolist()
+        ends = list(accumulate(-(-n//self.block) for n in self.sizes))
         self.ends = (ends+ends[-1:]*4)[:4]
 
 @patch
