@@ -90,7 +90,7 @@ def manner(doc):
 def held_table(held, links=None):
     "Figures beside what they are held against; `links`: a page for each"
     head = '| what | here | held against | its figure | outcome |\n|---|---|---|---|---|'
-    if links: head = '| record'+head.replace('\n|', '\n|---|')
+    if links: head = '| record '+head.replace('\n|', '\n|---|')
     line = lambda o: f'{esc(o.what)} | {num(o.got)} | {esc(o.source)} | {num(o.want)} | {o.outcome()} |'
     return '\n'.join([head, *[f'| {links[i] if links else ""}{" | " if links else ""}{line(o)}' for i,o in enumerate(held)]])
 
@@ -108,7 +108,7 @@ def page(f, script):
     charts = '\n'.join(o for o in v.parts if o)
     if charts: parts += ['## Results', raw(charts)]
     if v.held: parts += ['## Held against', held_table(v.held)]
-    if v.short: parts += ['## To be kept in mind', '\n'.join(f'- {esc(o)}' for o in v.short)]
+    if v.short: parts += ['## Notes', '\n'.join(f'- {esc(o)}' for o in v.short)]
     if '\n\n' in doc: parts += ['## How it was measured', manner(doc[doc.index('\n\n')+2:])]
     body = '\n'.join(tables(d))
     whole = raw('<details class="src"><summary>every figure in the record</summary>'+body+'</details>') if charts else raw(body)
@@ -119,7 +119,8 @@ def page(f, script):
 def script_of(f):
     "The script that wrote a record: `loop.py` for `loop.json` and `loop_cpu.json`"
     s = f.with_suffix('.py')
-    return s if s.exists() else f.with_name(re.sub('_[cg]pu$', '', f.stem)+'.py')
+    while not s.exists() and '_' in s.stem: s = s.with_name(s.stem.rpartition('_')[0]+'.py')
+    return s if s.exists() else f.with_suffix('.py')
 
 def awaited(src, done):
     "Scripts, and halves of scripts, whose record is not here: [(record, first words, command)]"
@@ -149,11 +150,11 @@ def write_benchmarks(src, out):
     count = ', '.join(f'{said.count(w)} {w}' for w in ('ahead','even','behind'))
     machines = sorted({re.sub(', [0-9]+ threads?$', '', m['machine']) for _,_,m in done.values()})
     text = ['# Benchmarks', '> Every figure with its date, its machine, its command and its script', '',
-            'Each page is made from the record that a script in `benchmarks/` wrote: nothing on it was typed in but figures that others published. Figures of quality are of held-out rows, '
-            'and choices were made on validation rows; times are of the machine that is named, side by side in one run. What fell short stands [beside what did not](#ahead-and-behind).', '',
+            'Each page is made from the record that a script in `benchmarks/` wrote: only figures that others published were typed in. Figures of quality are of held-out rows, '
+            'and choices were made on validation rows; times are of the machine that is named, side by side in one run. What fell short is [listed with the rest](#ahead-and-behind).', '',
             f'Machines: {esc("; ".join(machines))}.', '', '| record | what is measured | date |', '|---|---|---|', *rows]
     if wait := awaited(src, done):
-        text += ['', '## Not recorded yet', '', 'These scripts are there to be run; no record of theirs is, so nothing is claimed.', '',
+        text += ['', '## Not recorded yet', '', 'These scripts have no record yet, so nothing is claimed of what they measure.', '',
                  '| record | what it would measure | command |', '|---|---|---|', *[f'| {n.replace("_", " ")} | {esc(w)} | {c} |' for n,w,c in wait]]
     text += ['', '## Ahead and behind', '', f'All comparisons of all records: {count}. A lesson or a paper mostly prints one run; *even* is a difference smaller than the spread of the seeds.', '', held_table(held, links),
              '', '```{toctree}\n:hidden:\n\n' + '\n'.join(done) + '\n```']

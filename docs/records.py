@@ -110,7 +110,8 @@ def host(d):
     v,names = View("What the processor does for a GPU's epoch"),dict(loop='one learner, its training part', epoch='one learner, all of the epoch', read='of it, while the device trains', eight='eight learners, `fit_many`', eight_read='of them, while the device trains')
     for k,o in d.items():
         if at(o, 'ms'): v.parts.append(chart([Row(names.get(n, n).replace('`', ''), [s], {'the least seen':at(o, 'least', n)}, True) for n,s in o['ms'].items()], f'{k}: an epoch with kernels that do nothing', 'milliseconds of the processor', bars=True, less=True))
-    v.short.append('Schedules, rows, books and callbacks: what is not done while the device trains is the least that an epoch takes, whatever the GPU. Eight learners at once cost about as many times that as there are learners.')
+    eight = {k:num(o['eight_by_one'], 2) for k,o in d.items() if is_num(at(o, 'eight_by_one'))}
+    v.short.append('Schedules, rows, bookkeeping and callbacks: what is not done while the device trains is the least that an epoch takes, whatever the GPU.' + (f' Eight learners at once take {" and ".join(eight.values())} times as much of it as one ({", ".join(eight)}).' if eight else ''))
     return v
 
 def rows_touched(d):
@@ -166,7 +167,7 @@ def topk(d):
 def metrics_speed(d):
     v,r = View('Measures of lists for 100,000 users'),at(d, 'ratio_of_medians') or {}
     v.parts.append(chart(rows(at(d, 'seconds'), ('cfext',)), 'Recall, NDCG, average precision and hit rate of all users', 'seconds', bars=True, less=True))
-    v.held += [Held(f'seconds, {n.replace("_", " ")}', 1., x, n.replace('_', ' ')+', median over median', time=True) for n,x in r.items()]
+    v.held += [Held('time, cfext = 1', 1., x, n.replace('_', ' ')+', median over median', time=True) for n,x in r.items()]
     a,b = at(d, 'values', 'cfext', 'MAP'),at(d, 'values', 'torchmetrics', 'MAP')
     if a and b: v.short.append(f'Recall, NDCG and hit rate agree to the last digit shown. Average precision does not ({num(a)} and {num(b)}): torchmetrics divides by the relevant items that are listed, ranx and cfext by all of them.')
     return v
@@ -258,8 +259,10 @@ def emb_sizes(d):
             v.parts.append(chart([Row(x['rule'], losses(x['rule']) or [x['mean']], ours=x['rule']=='equal', note=f'{x["params"]:,} parameters') for x in r['rules']],
                                  f'{s}: {unit}, about {r["budget"]:,} parameters', unit, less=True, head='rule', note='a dot a seed; in bold the control, one width for all'))
             verdicts += [x.get('verdict') for x in r['rules'] if x['rule']!='fastai' and x.get('verdict')]
-    beyond = sum(x!='noise' for x in verdicts)
-    v.short.append(f'{beyond or "None"} of the {len(verdicts)} comparisons at an equal budget differ{"s" if beyond==1 else ""} by more than noise (paired over seeds, corrected for their number).')
+    other = [x for x in verdicts if x!='same widths']
+    beyond,same = sum(x!='noise' for x in other),len(verdicts)-len(other)
+    v.short.append(f'{beyond or "None"} of the {len(other)} comparisons at an equal budget differ{"s" if beyond==1 else ""} by more than noise (paired over seeds, corrected for their number); '
+                   f'{same} more come to the same widths as fastai\'s rule.')
     return v
 
 def char_rnn(d):
@@ -267,7 +270,7 @@ def char_rnn(d):
     mark = lambda n: {'printed':r[n]['printed']} if at(r, n, 'printed') else {}
     like = {n:o for n,o in r.items() if 'over time' not in n}
     v.parts.append(chart([Row(n, [o.get('valid_nll')], mark(n)) for n,o in like.items()], 'Validation loss after the epochs of the lesson', 'nats a character', less=True, head='network', note='diamonds: printed in the lesson'))
-    v.held += [Held(f'{n}, loss', o.get('valid_nll'), o.get('printed'), 'printed in the lesson, one run') for n,o in r.items() if o.get('printed')]
+    v.held += [Held(f'{n}, loss', o.get('valid_nll'), o.get('printed'), 'printed in the lesson, one run') for n,o in r.items() if o.get('printed') and n!='CharNet3'] # printed for a single row
     v.short += [f'{n}: {o["note"]}.' for n,o in r.items() if o.get('note')]
     v.short += [f'{n}: not recorded yet.' for n in ('CharNet3','CharRnn') if not any(k.startswith(n) for k in r)]
     return v
@@ -324,7 +327,9 @@ def lightgcn_layout(d):
         v.parts.append(chart([Row(n, vals(o.get(m)), {'LightGCN, published':pub[j]} if pub and n!='popularity' else {}, n=='mf') for n,o in res.items()], f'{m}@20, every item ranked ({what})', f'{m}@20', less=False, head='model', note='a dot a seed'))
         if pub: v.held += [Held(f'{m}@20, {n}', mean(o.get(m)), pub[j], 'LightGCN, He et al. 2020', less=False) for n,o in res.items() if n!='popularity']
         elif 'mf' in res: v.held += [Held(f'{m}@20, mf', mean(res['mf'].get(m)), mean(o.get(m)), f'{n}, same splits', less=False, sd=at(res, 'mf', m, 'sd')) for n,o in res.items() if n!='mf']
-    if d.get('data')=='synthetic': v.short.append('The data are made up, of the size of a public set: the record is for the time that it takes, nothing published is held against it.')
+    if d.get('data')=='synthetic':
+        v.title += ', made up'
+        v.short.append('The data are made up, of the size of a public set: the record is for the time that it takes, nothing published is held against it.')
     return v
 
 views = dict(lesson=lesson, loaders=loaders, loop=loop, loop_cpu=loop, host_cpu=host, rows=rows_touched, rows_cpu=rows_touched, accumulate=accumulate, tta=tta, topk=topk, metrics_speed=metrics_speed,

@@ -47,10 +47,11 @@ def test_a_page_for_each_notebook(site):
 
 def test_each_record_is_read_and_what_is_missing_is_said(tmp_path):
     "Every record has charts of its own; a script without a record is named; a record of another shape is shown as it is"
-    from bench import write_benchmarks
+    from bench import script_of,write_benchmarks
     from records import view
     for p in (root/'benchmarks').glob('*.json'):
         v = view(p.stem, json.loads(p.read_text()))
+        assert script_of(p).exists(), p.name
         assert v.title and any(v.parts) and not any('another shape' in o for o in v.short), (p.name, v.short)
     src = tmp_path/'benchmarks'
     src.mkdir()
@@ -68,6 +69,12 @@ def test_each_record_is_read_and_what_is_missing_is_said(tmp_path):
     write_benchmarks(src, tmp_path/'out')
     md = (tmp_path/'out'/'loop_cpu.md').read_text()
     assert 'another shape' in md and 'ML-100K, bs 64' in md
+
+def test_rules_of_the_same_widths_do_not_differ():
+    from records import view
+    rules = [dict(rule=n, mean=1., params=9, verdict=o) for n,o in (('fastai','reference'),('google','noise'),('dcn','better'),('count','same widths'))]
+    v = view('emb_sizes', {'a set': dict(settings=dict(metric='loss'), runs=[], results=[dict(budget=9, rules=rules)])})
+    assert v.short[0].startswith('1 of the 2 comparisons') and '; 1 more come to the same widths' in v.short[0]
 
 @pytest.mark.parametrize('got,want,kw,says', [(.8,.9,{},'ahead by 11.1%'), (.8,.9,dict(less=False),'behind by 11.1%'), (.89,.9,dict(sd=.02),'even'), (2.,8.,dict(time=True),'ahead: 4 times'),
                                               (8.,2.,dict(time=True),'behind: 4 times'), (None,2.,{},'not recorded'), (1.,1.,{},'even')])
