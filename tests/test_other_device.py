@@ -1,51 +1,38 @@
-"Steps as a GPU would record them, on tensors that have a device and no numbers: all lie on one device, and nothing is asked of it"
+"What a GPU would run. Steps as it would record them, on tensors without numbers: all lie on one device, and nothing is asked of it. The rest with a stand-in: the answers are those of the processor"
+from contextlib import nullcontext
 from functools import partial
 
-import pytest,torch
+import numpy as np,pandas as pd,pytest,torch
+import torch._dynamo # before the stand-in, which it would look at
 from torch._subclasses.fake_tensor import DataDependentOutputException,FakeTensorMode
 from fastai.callback.core import Callback,CancelFitException
 from fastai.callback.fp16 import MixedPrecision,AMPMode
 from fastai.callback.training import GradientClip
+from fastai.losses import BaseLoss,MSELossFlat
 from fastai.optimizer import *
+import cfext.capture,cfext.data,cfext.kernels
 from cfext import *
 from cfext.capture import StepGraph,capture_hurdle
+from stand_in import StandIn,gpu,move,move_learner,there
 
+if torch.cuda.is_available(): pytest.skip('a GPU is here, where the tests marked `cuda` run', allow_module_level=True)
+if not hasattr(torch._C, '_ensureCUDADeviceGuardSet'): pytest.skip(f'PyTorch {torch.__version__} cannot leave the driver out', allow_module_level=True)
 pytestmark = pytest.mark.usefixtures('quiet')
-gpu = torch.device('cuda:0')
-
-def there(t): return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=gpu)
-
-def move(o, new):
-    "Put the tensors that `o` holds onto the other device; `new` remembers parameters"
-    if isinstance(o, torch.nn.Parameter): return new.setdefault(o, torch.nn.Parameter(there(o), o.requires_grad))
-    if isinstance(o, torch.Tensor): return there(o)
-    if isinstance(o, tuple): return tuple(move(v, new) for v in o)
-    if isinstance(o, dict): o.update({k: move(v, new) for k,v in o.items()})
-    elif isinstance(o, list): o[:] = [move(v, new) for v in o]
-    elif type(o).__module__.startswith('cfext') and id(o) not in new:
-        new[id(o)] = o
-        held = {k: move(v, new) for k,v in vars(o).items() if k not in ('learn','gen','_seeds','classes')}
-        o.__dict__.update(held)
-    return o
+def nowhere(t): return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=gpu)
 
 class Elsewhere(Callback):
     "Before the first batch, move the learner and run two steps"
     order = 99
     def before_train(self):
-        learn,new = self.learn,{}
+        learn = self.learn
         learn.dl = learn.dls.train
         assert capture_hurdle(learn) is None
         with FakeTensorMode():
-            for m in learn.model.modules():
-                for d in (m._parameters,m._buffers): d.update({k: move(v, new) for k,v in d.items()})
-                vars(m).update({k: there(v) for k,v in vars(m).items() if isinstance(v, torch.Tensor)})
+            new = move_learner(learn, nowhere)
             learn.opt.param_lists = type(learn.opt.param_lists)([[new[p] for p in ps] for ps in learn.opt.param_lists])
-            state = {new[p]: move(dict(s), new) for p,s in learn.opt.state.items() if p in new}
+            state = {new[p]: move(dict(s), new, nowhere) for p,s in learn.opt.state.items() if p in new}
             learn.opt.state.clear()
             learn.opt.state.update(state)
-            for cb in learn.cbs: move(cb, new)
-            for dl in learn.dls.loaders: move(dl.dataset, new).x
-            learn.dls.device = gpu
             sg = StepGraph(learn)
             sg.nums = torch.empty(len(learn.dl), len(sg.stepper.groups), len(sg.stepper.columns), device=gpu)
             for _ in range(2): sg.step()
@@ -54,11 +41,11 @@ class Elsewhere(Callback):
 
 def plain(loss): return lambda pred,y: loss(pred.view(-1), y.view(-1)) # fastai's classes of losses make tensors of a class of their own, which these can't be
 
-def learner(loss=None, model='dot', ranks=False, weights=False, **kwargs):
+def learner(loss=None, model='dot', ranks=False, weights=False, flat=False, **kwargs):
     df = synth_ratings(60, 40, 900)
     if weights: df['w'] = 1.+df.index%3
     dls = CFDataLoaders.from_df(df, item_name='title', rating_name=None if ranks else 'rating', seed=1, bs=64, device='cpu', **({'weight_name':'w'} if weights else {}))
-    loss = loss if ranks else plain(loss or torch.nn.MSELoss())
+    if not (ranks or flat): loss = plain(loss or torch.nn.MSELoss())
     return cf_learner(dls, model, n_factors=5, loss_func=loss, y_range=None if ranks else (0,5.5), **kwargs)
 
 cases = dict(adam={}, l2=dict(opt_func=partial(Adam, decouple_wd=False)), sgd=dict(opt_func=partial(SGD, mom=0.9)), rms=dict(opt_func=RMSProp), nn=dict(model='nn'),
@@ -102,3 +89,69 @@ def test_so_is_a_tensor_elsewhere(no_backward):
     no_backward.append(learn)
     learn.add_cbs([Far(), Elsewhere()])
     with pytest.raises(RuntimeError, match='device'), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    "What makes tensors or asks the driver in C, and what fastai gives the class of its argument, is led around"
+    Generator,tensor,as_tensor = torch.Generator,torch.tensor,torch.as_tensor
+    def maker(make):
+        def f(data, *args, device=None, **kwargs):
+            t = data if isinstance(data, torch.Tensor) else make(data, *args, **kwargs)
+            return t.to(device) if isinstance(data, torch.Tensor) and device is not None else there(t) if device is not None and torch.device(device).type=='cuda' else t
+        return f
+    for o,name,v in ((torch.cuda,'_lazy_init',lambda: None), (torch,'Generator',lambda device='cpu': Generator()), (torch,'tensor',maker(tensor)), (torch,'as_tensor',maker(as_tensor)),
+                     (torch.nn.Module,'to',lambda self, *args, **kwargs: self), (BaseLoss,'__call__',lambda self, x, y, **kwargs: self.func(x.view(-1), y.view(-1))),
+                     (cfext.data,'to_cpu',lambda t: t.cpu()), (cfext.data,'to_detach',lambda t: t.detach().cpu()),
+                     (cfext.capture,'_aside',lambda device: nullcontext()), (cfext.kernels,'kernel_ready',lambda device: 'nothing runs kernels here'), (StepGraph,'record',lambda self: None)):
+        monkeypatch.setattr(o, name, v)
+    torch._C._ensureCUDADeviceGuardSet()
+
+def same(a, b):
+    if isinstance(a, pd.DataFrame): return pd.testing.assert_frame_equal(a, b, rtol=1e-4, atol=1e-5)
+    if isinstance(a, (tuple,list)):
+        assert len(a)==len(b)
+        return [same(x, y) for x,y in zip(a, b)]
+    if isinstance(a, torch.Tensor): return torch.testing.assert_close(a.detach().cpu(), b.detach().cpu(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+def item(l, i): return l.dls.classes['title'][i]
+def rows(l): return pd.DataFrame(dict(user=[900,900,901], title=[item(l, i) for i in (1,2,3)], rating=[4.,3.,5.]))
+def trained(l):
+    l.fit_one_cycle(2, 0.01)
+    return list(l.recorder.losses),list(l.model.parameters()),l.recorder.values
+answers = dict(fit=trained, recommend=lambda l: l.recommend(k=3), candidates=lambda l: l.recommend([1,2], k=3, candidates=[item(l, i) for i in range(1,9)]), diverse=lambda l: l.recommend([1,2], k=3, diversity=0.5),
+               similar=lambda l: l.similar_items(k=2), evaluate=lambda l: pd.DataFrame(l.evaluate(k=5, bar=False)), predict=lambda l: l.predict((1,item(l, 1))), preds=lambda l: l.get_preds(),
+               validate=lambda l: list(l.validate()), fold_in=lambda l: l.fold_in(rows(l)).recommend([900,901], k=2), partial_fit=lambda l: l.partial_fit(rows(l)).recommend([1,900], k=2),
+               explain=lambda l: l.explain(1, item(l, 1)), biases=biases, ensemble=lambda l: Ensemble([l,l]).get_preds())
+models = dict(dot=({},set()), weights=(dict(weights=True),{'partial_fit'}), nn=(dict(model='nn'),{'fit','fold_in','partial_fit','explain','biases','similar'}),
+              softmax=(dict(ranks=True, loss=FullSoftmaxLoss, model=CosineProduct),{'partial_fit','predict','preds','explain','biases','ensemble'}))
+
+@pytest.mark.parametrize('model,answer', [(m,a) for m,(_,no) in models.items() for a in answers if a not in no])
+def test_answers_are_the_processor_s(model, answer, stand_in):
+    kwargs = models[model][0]
+    def make():
+        torch.manual_seed(0)
+        loss = kwargs['loss']() if 'loss' in kwargs else MSELossFlat()
+        learn = learner(**{**kwargs, 'loss':loss}, flat=True, seed=0, unk_p=0)
+        with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+        learn.opt = None
+        return learn
+    def ask(learn):
+        torch.manual_seed(1)
+        with learn.no_bar(),learn.no_logging(): return answers[answer](learn)
+    near,far = make(),make()
+    expected = ask(near)
+    with StandIn():
+        move_learner(far)
+        assert all(p.is_cuda for p in far.model.parameters())
+        same(expected, ask(far))
+
+def test_the_stand_in_behaves_as_a_gpu(stand_in):
+    with StandIn():
+        x = torch.arange(6., device=gpu).view(2, 3)
+        assert x.is_cuda and x.cpu().device.type=='cpu' and not x.cpu().is_cuda and x.sum().item()==15
+        for f in (lambda: x+torch.ones(3), lambda: x@torch.ones(3), lambda: torch.cat([x, torch.ones(1,3)])):
+            with pytest.raises(RuntimeError, match='same device'): f()
+        with pytest.raises(TypeError, match='Tensor.cpu'): x.numpy()
+        x[:,1] = 7.
+        assert x.tolist()==[[0.,7.,2.],[3.,7.,5.]]
