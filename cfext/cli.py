@@ -167,13 +167,23 @@ def _fit(
     with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K).to_csv(f, index=False, float_format='%.4f')
     print((f"\n{report.round(4)}\n" if len(report) else '') + f"\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
 
-# %% ../nbs/16_cli.ipynb #773bfd36
-def _parse_id(learn, role, text):
-    "An id from the command line as the kind of value that the map holds"
-    ids = learn.dls.classes[learn.dls.cat_names[role=='item']].ids
-    kind = type(plain(ids[0]))
-    try: return kind(text) if kind in (int,float) else text
-    except ValueError: raise UnknownIdError(role, [text], f"ids are whole numbers such as {ids[0]}" if kind is int else f"ids are numbers such as {ids[0]}") from None
+# %% ../nbs/16_cli.ipynb #89124e4d
+_kinds = {int:'whole numbers', float:'numbers'}
+
+def _the_id(learn, role, text):
+    "The id that was named, as the kind of value that the map holds; the one with most rows where none was"
+    j = int(role=='item')
+    ids,x,most = learn.dls.classes[learn.dls.cat_names[j]],learn.dls.train_ds.x[:,j],('most active','most rated')[j]
+    if text is None:
+        if not len(x): raise ValueError(f"the bundle was saved without its rows, so no {role} is the {most} one: name one with --{role}")
+        o = ids.decode([x.mode().values.item()])[0]
+        print(f"no --{role} given: the {most} one, {o}\n")
+        return o
+    first = plain(ids.ids[0])
+    try: o = type(first)(text) if type(first) in _kinds else text
+    except ValueError: o = text
+    if not ids.encode([o])[0]: raise UnknownIdError(role, [o], f"--{role} takes {_kinds.get(type(first), 'ids')} such as {first!r}, and left out the {most} one")
+    return o
 
 def _evaluate(
     bundle:str, # folder that `cfext fit` wrote
@@ -190,13 +200,9 @@ def _recommend(
 ):
     "Print the best items for a user"
     learn = load_bundle(bundle)
-    if user is None:
-        u = learn.dls.classes[learn.dls.user_name].decode([learn.dls.train_ds.x[:,0].mode().values.item()])[0]
-        print(f"no --user given: the most active one, {u}\n")
-    else: u = _parse_id(learn, 'user', user)
-    print(learn.recommend([u], k=K, exclude_seen=not seen).round(3).to_string(index=False))
+    print(learn.recommend([_the_id(learn, 'user', user)], k=K, exclude_seen=not seen).round(3).to_string(index=False))
 
-# %% ../nbs/16_cli.ipynb #9e2ab919
+# %% ../nbs/16_cli.ipynb #ad814c64
 def _similar(
     bundle:str, # folder that `cfext fit` wrote
     item:str=None, # an item's id or title; none: the most rated item
@@ -204,11 +210,7 @@ def _similar(
 ):
     "Print the items whose factors are nearest"
     learn = load_bundle(bundle)
-    if item is None:
-        i = learn.dls.classes[learn.dls.item_name].decode([learn.dls.train_ds.x[:,1].mode().values.item()])[0]
-        print(f"no --item given: the most rated one, {i}\n")
-    else: i = _parse_id(learn, 'item', item)
-    print(learn.similar_items([i], k=K).round(3).to_string(index=False))
+    print(learn.similar_items([_the_id(learn, 'item', item)], k=K).round(3).to_string(index=False))
 
 # %% ../nbs/16_cli.ipynb #2ed191aa
 def _explore(
@@ -220,7 +222,7 @@ def _explore(
     "Look at a bundle in a browser"
     serve_explorer(bundle, data, host=host, port=port)
 
-# %% ../nbs/16_cli.ipynb #45b4903d
+# %% ../nbs/16_cli.ipynb #6fb2e978
 _commands = dict(fit=(_fit, 'data'), evaluate=(_evaluate, 'bundle'), recommend=(_recommend, 'bundle'), similar=(_similar, 'bundle'),
                  explore=(_explore, 'bundle'))
 
@@ -239,3 +241,5 @@ def main(
         print(f"cfext {argv[0]}: {e}", file=sys.stderr)
         return 2
     return 0
+
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # `python -m cfext.cli`; a notebook is no file
