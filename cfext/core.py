@@ -15,18 +15,20 @@ import numpy as np,pandas as pd
 from torch import nn
 from fastcore.basics import *
 
-# %% ../nbs/00_core.ipynb #a08de301
+# %% ../nbs/00_core.ipynb #fb61d5f1
 def check_cols(
     df:pd.DataFrame, # frame to look into
     **cols:str, # argument name = column name, as the caller gave them; `None` is passed over
 )->None:
-    "Raise a `ValueError` that names the columns there are, unless every one of `cols` is a column of `df`"
+    "Raise a `ValueError` that names the columns there are, unless each of `cols` is one column of `df`"
     if not isinstance(df, pd.DataFrame): raise TypeError(f"expected a pandas DataFrame, got {type(df).__name__}")
     for arg,col in cols.items():
         if col is not None and col not in df.columns:
             raise ValueError(f"`{arg}`={col!r} is not a column of the frame ({', '.join(map(str, df.columns))})")
+        if col is not None and df[col].ndim>1:
+            raise ValueError(f"`{arg}`={col!r} names {df[col].shape[1]} columns: rename them, or keep the first with `df.loc[:, ~df.columns.duplicated()]`")
 
-# %% ../nbs/00_core.ipynb #921779aa
+# %% ../nbs/00_core.ipynb #5526e333
 col_words = dict(
     user=('user','userid','uid','customer','customerid','member','memberid','reader','readerid','visitorid'),
     item=('item','itemid','iid','movie','movieid','product','productid','book','bookid','article','articleid','asin','isbn','sku'),
@@ -39,11 +41,10 @@ def find_col(
     role:str, # one of `col_words`: 'user', 'item', 'rating', 'time'
 )->str: # the column's name in `df`
     "Return `name` if it is a column; else, for a default word, the first column with a usual spelling of `role`"
-    if name in df.columns: return name
-    if name in (role, col_words[role][0]):
-        for c in df.columns:
-            if isinstance(c, str) and c.lower().replace('_','').replace(' ','') in col_words[role]: return c
+    if name not in df.columns and name in (role, col_words[role][0]):
+        name = next((c for c in df.columns if isinstance(c, str) and c.lower().replace('_','').replace(' ','') in col_words[role]), name)
     check_cols(df, **{f'{role}_name': name})
+    return name
 
 # %% ../nbs/00_core.ipynb #86f95421
 def as_frame(
