@@ -269,6 +269,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cfext.data._encode_train': ('data.html#_encode_train', 'cfext/data.py'),
                             'cfext.data._factorize': ('data.html#_factorize', 'cfext/data.py'),
                             'cfext.data._fits': ('data.html#_fits', 'cfext/data.py'),
+                            'cfext.data._numbers': ('data.html#_numbers', 'cfext/data.py'),
+                            'cfext.data._row_numbers': ('data.html#_row_numbers', 'cfext/data.py'),
                             'cfext.data._split_mask': ('data.html#_split_mask', 'cfext/data.py'),
                             'cfext.data._targets': ('data.html#_targets', 'cfext/data.py')},
             'cfext.embed': { 'cfext.embed._first_linear': ('embed.html#_first_linear', 'cfext/embed.py'),
