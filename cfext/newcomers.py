@@ -23,7 +23,7 @@ from .graph import *
 from .learner import *
 from .recommend import *
 
-# %% ../nbs/10b_newcomers.ipynb #f9fb40c1
+# %% ../nbs/10b_newcomers.ipynb #1fdbd107
 def _sides(model, role):
     "Rows [factors, bias] to be solved, the factors they meet, and the other side's bias, as tables of a dot product"
     if not isinstance(model, DotProduct) or type(model).score_items not in (DotProduct.score_items, DotProductBias.score_items):
@@ -50,6 +50,7 @@ class RowPrior:
         role:str='user', # the side that newcomers are on: 'user' or 'item'
         shrink:float=0.1, # share of the covariance replaced by its diagonal's mean, 0 to 1
     ):
+        if not len(ratings): raise ValueError("there are no training rows, from which the noise of the ratings is estimated: load the learner with its rows, or pass the `prior` of one that has them")
         self.mean,self.precision = _table_prior(_sides(model, check_choice(role, 'role', ('user','item')))[0][1:], shrink)
         with in_mode(model), torch.no_grad():
             res = torch.cat([model(x.long())-y for x,y in zip(ratings.x.split(1<<20), ratings.y.split(1<<20))])
@@ -216,7 +217,7 @@ def _learner_like(learn, dls, model):
     return cf_learner(dls, model, loss_func=learn.loss_func, opt_func=learn.opt_func, lr=learn.lr, wd=learn.wd, unk_p=drop[0].p if drop else 0,
                       metrics=list(learn.metrics), path=learn.path, cbs=cbs)
 
-# %% ../nbs/10b_newcomers.ipynb #f27be390
+# %% ../nbs/10b_newcomers.ipynb #8f5eb99a
 def _codes(self, df, classes):
     "Codes (n,2) and ratings (n,) of rows"
     ds = self.dls.train_ds
@@ -252,7 +253,7 @@ def fold_in(self:CFLearner,
     dls,new = _with_rows(self.dls, classes, x, y),_bigger(model, role, len(classes[name])-len(ds.classes[name]))
     if how=='steps': _descend(self, new, dls, {role: x[:,j].unique()}, epochs, lr, seed)
     else:
-        prior = ifnone(prior, RowPrior(model, ds, role)) if how=='ridge' else None
+        prior = (prior or RowPrior(model, ds, role)) if how=='ridge' else None
         solved = torch.ones(getattr(new, f'n_{odd}s'), dtype=torch.bool, device=x.device)
         solved[0] = False
         _solve_rows(new, dls.train_ds, role, x[:,j].unique(), solved, prior, n_steps)
