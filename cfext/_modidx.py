@@ -98,6 +98,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cfext.bundle._put': ('bundle.html#_put', 'cfext/bundle.py'),
                               'cfext.bundle._rows': ('bundle.html#_rows', 'cfext/bundle.py'),
                               'cfext.bundle._settings': ('bundle.html#_settings', 'cfext/bundle.py'),
+                              'cfext.bundle._told': ('bundle.html#_told', 'cfext/bundle.py'),
+                              'cfext.bundle._want': ('bundle.html#_want', 'cfext/bundle.py'),
                               'cfext.bundle.load_bundle': ('bundle.html#load_bundle', 'cfext/bundle.py')},
             'cfext.callbacks': { 'cfext.callbacks.GradientAccumulator': ('callbacks.html#gradientaccumulator', 'cfext/callbacks.py'),
                                  'cfext.callbacks.GradientAccumulator.__init__': ( 'callbacks.html#gradientaccumulator.__init__',
