@@ -1052,6 +1052,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cfext.sequence._OneWidth.before_batch': ('sequence.html#_onewidth.before_batch', 'cfext/sequence.py'),
                                 'cfext.sequence._check_seq_model': ('sequence.html#_check_seq_model', 'cfext/sequence.py'),
                                 'cfext.sequence._draw_unseen': ('sequence.html#_draw_unseen', 'cfext/sequence.py'),
+                                'cfext.sequence._need_histories': ('sequence.html#_need_histories', 'cfext/sequence.py'),
+                                'cfext.sequence._sound': ('sequence.html#_sound', 'cfext/sequence.py'),
                                 'cfext.sequence._top_frame': ('sequence.html#_top_frame', 'cfext/sequence.py'),
                                 'cfext.sequence.draw_next': ('sequence.html#draw_next', 'cfext/sequence.py'),
                                 'cfext.sequence.seq_learner': ('sequence.html#seq_learner', 'cfext/sequence.py')},
