@@ -58,7 +58,7 @@ def _col_name(dls, col):
     if col is None: raise ValueError(f"`col` should name one of the columns with a table: {', '.join(names)}{', or user, item' if roles else ''}")
     return col
 
-# %% ../nbs/11b_interpret.ipynb #6d96e80e
+# %% ../nbs/11b_interpret.ipynb #0fcb3f22
 def cat_view(
     learn, # a learner, or a `CatView`, which is returned as it is
     col:str|None=None, # a column of its loaders, 'user' or 'item'; `None` is the items
@@ -67,6 +67,7 @@ def cat_view(
     "Gather names, table, biases, counts and mean targets of a column"
     if isinstance(learn, CatView): return learn
     dls,col = learn.dls,_col_name(learn.dls, col)
+    check_fits(learn.model, dls)
     i,classes = list(dls.cat_names).index(col),list(dls.classes[col])
     lo = int(str(classes[0])=='#na#')
     bias = next((b for o in (('user_bias','item_bias')[min(i,1)],('u_bias','i_bias')[min(i,1)]) if (b := getattr(learn.model, o, None)) is not None), None)
@@ -310,7 +311,7 @@ def _gradients(model, role, code, others):
         grad, = torch.autograd.grad(p.sum(), rows[0])
     return [o.detach().double().cpu().numpy() for o in (p.reshape(-1), grad, rows[0][0])]
 
-# %% ../nbs/11b_interpret.ipynb #bf23971a
+# %% ../nbs/11b_interpret.ipynb #5b9c2561
 def explain(
     learn, # a learner over users and items whose model has factors for both
     user, # the caller's id of the user
@@ -324,6 +325,7 @@ def explain(
     dls,role = learn.dls,('items','users').index(check_choice(through, 'through', ('items','users')))
     names = list(dls.cat_names)
     if not _roles(dls): raise ValueError(f"explain needs a learner over users and items, this one has the columns {', '.join([*names, *dls.cont_names])}")
+    check_fits(learn.model, dls)
     codes,where = list(cat_codes(dls).values()),[pd.Index(list(dls.classes[n])).get_indexer([o])[0] for n,o in zip(names, (user,item))]
     for n,o,c in zip(names, (user,item), where):
         if c<1: raise UnknownIdError(n, [o], 'without training rows there is nothing to explain')

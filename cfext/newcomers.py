@@ -23,7 +23,7 @@ from .graph import *
 from .learner import *
 from .recommend import *
 
-# %% ../nbs/10b_newcomers.ipynb #1fdbd107
+# %% ../nbs/10b_newcomers.ipynb #1c6b515c
 def _sides(model, role):
     "Rows [factors, bias] to be solved, the factors they meet, and the other side's bias, as tables of a dot product"
     if not isinstance(model, DotProduct) or type(model).score_items not in (DotProduct.score_items, DotProductBias.score_items):
@@ -50,7 +50,6 @@ class RowPrior:
         role:str='user', # the side that newcomers are on: 'user' or 'item'
         shrink:float=0.1, # share of the covariance replaced by its diagonal's mean, 0 to 1
     ):
-        if not len(ratings): raise ValueError("there are no training rows, from which the noise of the ratings is estimated: load the learner with its rows, or pass the `prior` of one that has them")
         self.mean,self.precision = _table_prior(_sides(model, check_choice(role, 'role', ('user','item')))[0][1:], shrink)
         with in_mode(model), torch.no_grad():
             res = torch.cat([model(x.long())-y for x,y in zip(ratings.x.split(1<<20), ratings.y.split(1<<20))])
@@ -75,7 +74,7 @@ def _ridge_block(H, c, r, keep, prior, y_range, n_steps):
         if step.abs().max()<1e-4: break
     return theta
 
-# %% ../nbs/10b_newcomers.ipynb #9e7e612e
+# %% ../nbs/10b_newcomers.ipynb #844527eb
 def ridge_rows(
     model:DotProduct, # a fitted dot product
     rows:Tensor, # (m,) long, which new row each rating is of, from 0
@@ -88,6 +87,7 @@ def ridge_rows(
     tile:int=1<<22, # numbers gathered at a time
 )->Tensor: # (n, d) rows [factors, bias], as many as `rows` names
     "Solve for the rows of newcomers, the other side held"
+    if prior.noise.isnan(): raise ValueError("`prior.noise`, the variance of a residual, is NaN: there were no training rows to estimate it from (load the learner with its rows, pass the `prior` of one that has them, or set it), or training has diverged")
     _,O,c = _sides(model, role)
     order = rows.argsort()
     others,ratings = others[order],ratings[order]

@@ -8,6 +8,7 @@ from fastai.collab import CollabDataLoaders,collab_learner
 from fastai.tabular.all import Categorify,CategoryBlock,Normalize,TabularDataLoaders,tabular_learner
 from cfext.core import UnknownIdError
 from cfext.bundle import load_bundle
+from cfext.closed import EASE,IALS,ItemKNN
 from cfext.data import CFDataLoaders
 from cfext.embed import emb_report,plot_spectrum,shrink_curve
 from cfext.interpret import *
@@ -312,11 +313,13 @@ def test_learners_without_rows(learn, dls, tmp_path):
     u,i = cat_view(learn, 'user').ids[3],cat_view(learn).ids[4]
     with pytest.raises(ValueError, match=f"no training rows of user {u!r} to explain by"): explain(bare, u, i)
     with pytest.raises(ValueError, match="no training rows of title '.*' to explain by"): explain(bare, u, i, through='users')
-    with pytest.raises(ValueError, match='no training rows, from which the noise'): bare.fold_in(ratings[:5].assign(user=999))
-    with pytest.raises(ValueError, match='no training rows, from which the noise'): bare.partial_fit(ratings[:5].assign(user=999))
+    with pytest.raises(ValueError, match='no training rows to estimate it from'): bare.fold_in(ratings[:5].assign(user=999))
+    with pytest.raises(ValueError, match='no training rows to estimate it from'): bare.partial_fit(ratings[:5].assign(user=999))
     prior = RowPrior(learn.model, dls.train_ds)
     rows = ratings[:5].assign(user=999)
     torch.testing.assert_close(bare.fold_in(rows, prior=prior).model.user_factors[-1], learn.fold_in(rows).model.user_factors[-1])
+    for solve in (EASE,ItemKNN,IALS):
+        with pytest.raises(ValueError, match='no training rows to solve from'): solve(bare.dls)
     for l in (bare,none):
         with pytest.raises(ValueError, match='no validation rows to measure'): shrink_curve(l, [3])
     rep,full = emb_report(bare, plot=False),emb_report(learn, plot=False)
