@@ -167,7 +167,7 @@ def _fit(
     with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K).to_csv(f, index=False, float_format='%.4f')
     print((f"\n{report.round(4)}\n" if len(report) else '') + f"\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
 
-# %% ../nbs/16_cli.ipynb #89124e4d
+# %% ../nbs/16_cli.ipynb #097df6c7
 _kinds = {int:'whole numbers', float:'numbers'}
 
 def _the_id(learn, role, text):
@@ -185,12 +185,19 @@ def _the_id(learn, role, text):
     if not ids.encode([o])[0]: raise UnknownIdError(role, [o], f"--{role} takes {_kinds.get(type(first), 'ids')} such as {first!r}, and left out the {most} one")
     return o
 
+def _open(bundle):
+    "The learner in a folder"
+    if not Path(bundle).is_file() and not (Path(bundle)/'bundle.json').is_file(): raise BundleError(f"{bundle} holds no bundle: `cfext fit DATA --out {bundle}` writes one")
+    return load_bundle(bundle)
+
 def _evaluate(
     bundle:str, # folder that `cfext fit` wrote
     K:int=10, # places in each list
 ):
     "Print the report on the held-out rows, beside baselines"
-    print(load_bundle(bundle).evaluate(k=K).round(4))
+    learn = _open(bundle)
+    if not len(learn.dls.valid_ds): raise ValueError(f"{bundle} holds no rows that were held out: fit it with --valid-pct above 0")
+    print(learn.evaluate(k=K).round(4))
 
 def _recommend(
     bundle:str, # folder that `cfext fit` wrote
@@ -199,17 +206,17 @@ def _recommend(
     seen:bool=False, # also recommend what the user has rated?
 ):
     "Print the best items for a user"
-    learn = load_bundle(bundle)
+    learn = _open(bundle)
     print(learn.recommend([_the_id(learn, 'user', user)], k=K, exclude_seen=not seen).round(3).to_string(index=False))
 
-# %% ../nbs/16_cli.ipynb #ad814c64
+# %% ../nbs/16_cli.ipynb #f6ff4a2d
 def _similar(
     bundle:str, # folder that `cfext fit` wrote
     item:str=None, # an item's id or title; none: the most rated item
     K:int=10, # neighbours
 ):
     "Print the items whose factors are nearest"
-    learn = load_bundle(bundle)
+    learn = _open(bundle)
     print(learn.similar_items([_the_id(learn, 'item', item)], k=K).round(3).to_string(index=False))
 
 # %% ../nbs/16_cli.ipynb #2ed191aa

@@ -84,8 +84,10 @@ class UnknownIdError(KeyError):
         n,some = len(self.ids),', '.join(map(repr, self.ids[:5]))
         return f"{n} {self.role} id{'s' if n>1 else ''} not seen in training: {some}{', ...' if n>5 else ''}; {self.hint}"
 
-# %% ../nbs/00_core.ipynb #10f457e5
+# %% ../nbs/00_core.ipynb #f1950f17
 unk_policies = ('raise','na','mean')
+
+def _brief(o): return r if len(r := repr(o))<=100 else f"<a {type(o).__name__}>"
 
 def check_choice(
     val, # the value given
@@ -93,7 +95,9 @@ def check_choice(
     choices, # the values allowed
 ):
     "Return `val` if it is one of `choices`, else raise a `ValueError` that lists them"
-    if val not in choices: raise ValueError(f"`{name}`={val!r} is not one of {', '.join(map(repr, choices))}")
+    try: ok = val in choices
+    except (TypeError,ValueError): ok = False # frames and lists
+    if not ok: raise ValueError(f"`{name}`={_brief(val)} is not one of {', '.join(map(repr, choices))}")
     return val
 
 def check_pos(
@@ -104,7 +108,7 @@ def check_pos(
     "Return `val` as an int if it is a whole number of at least `least`, else raise a `ValueError`"
     try: ok = int(val)==val and val>=least
     except (TypeError,ValueError): ok = False
-    if not ok: raise ValueError(f"`{name}`={val!r} should be a whole number of at least {least}")
+    if not ok: raise ValueError(f"`{name}`={_brief(val)} should be a whole number of at least {least}")
     return int(val)
 
 # %% ../nbs/00_core.ipynb #b3142d99

@@ -92,6 +92,8 @@ def test_unknown_ids_and_a_bundle_without_rows(fitted, tmp_path, capsys):
         assert f'--{role} takes' in err and 'unk=' not in err and len(err.splitlines())==1
         assert main([cmd, str(bare)])==2
         assert 'without its rows' in (err := capsys.readouterr().err) and f'--{role}' in err
+    assert main(['evaluate', str(bare)])==2 and '--valid-pct' in capsys.readouterr().err
+    for cmd in ('evaluate','recommend','similar'): assert main([cmd, '/nowhere'])==2 and '`cfext fit DATA --out /nowhere` writes one' in capsys.readouterr().err
     assert main(['recommend', str(bare), '--user', '7'])==0
 
 def test_nothing_held_out_and_a_fit_that_diverges(tmp_path, capsys):

@@ -294,3 +294,11 @@ def test_names_that_occur_twice(df):
     with pytest.raises(ValueError, match='names 2 columns'): learn.predict(twice('item')[:3])
     with pytest.raises(ValueError, match='names 2 columns'): learn.fold_in(twice('rating')[:3].assign(user=999))
     assert len(loaders(twice('title')).train_ds)==len(loaders(df).train_ds)
+
+def test_values_that_are_no_number_or_choice_at_all(df):
+    "A frame or a list in the place of a number or a word is told in a line"
+    from cfext.core import check_choice,check_pos
+    for val in (df,df.user,df.user.to_numpy(),list(df.user),torch.arange(900),dict.fromkeys(df.title)):
+        for f in (lambda: check_pos(val, 'k'), lambda: check_choice(val, 'how', ('a','b')), lambda: check_choice(val, 'how', dict(a=1))):
+            with pytest.raises(ValueError, match=f'`(k|how)`=<an? {type(val).__name__}>') as e: f()
+            assert len(str(e.value))<120
