@@ -286,14 +286,17 @@ def _targets(col, arg):
                                    f"{int(bad.argmax())}): drop them with `df[np.isfinite(df[{col.name!r}])]`")
     return torch.from_numpy(y)
 
-# %% ../nbs/01b_data.ipynb #6a612ac4
+# %% ../nbs/01b_data.ipynb #64fc64eb
 def _row_numbers(o, n):
     "Row numbers from what a splitter gives for one part of `n` rows: row numbers, or a mask"
     o = o if isinstance(o, (pd.Series,pd.api.extensions.ExtensionArray)) else np.asarray(o)
     if is_bool_dtype(o.dtype):
         if len(o)!=n: raise ValueError(f"`splitter` gives a mask of {len(o)} rows for a frame of {n}: make it from the frame that it gets")
         return np.flatnonzero(pd.Series(o).to_numpy(dtype=bool, na_value=False))
-    o = np.asarray(o, dtype=np.int64)
+    try: ok = ((rows := np.asarray(o, dtype=np.int64))==np.asarray(o)).all() and rows.ndim==1
+    except (TypeError,ValueError): ok = False
+    if not ok: raise TypeError(f"`splitter` gives {str(o)[:60]!r} for a part; expected row numbers or a mask")
+    o = rows
     if len(o) and not (0<=o.min() and o.max()<n):
         raise ValueError(f"`splitter` gives rows {o.min()} to {o.max()} of a frame of {n}: give row numbers from 0 (not the labels of its index), or masks")
     return o
@@ -307,7 +310,11 @@ def _split_mask(df, splitter, valid_pct, seed):
         g = None if seed is None else torch.Generator().manual_seed(seed)
         if int(valid_pct*n): train[torch.randperm(n, generator=g)[:int(valid_pct*n)].numpy()] = False
         return train,~train
-    tr,va = (_row_numbers(o, n) for o in splitter(df))
+    parts = splitter(df)
+    n_parts = len(parts := list(parts)) if is_iter(parts) and not isinstance(parts, (pd.DataFrame,str)) else 1
+    if n_parts!=2: raise ValueError("`splitter` should give two parts, the rows to train on and those held out, as row numbers or masks"
+                                    f" (of one mask: `lambda df: (~mask(df),mask(df))`); it gave {n_parts}")
+    tr,va = (_row_numbers(o, n) for o in parts)
     train[:] = False
     train[tr] = True
     valid = np.zeros(n, bool)

@@ -238,7 +238,7 @@ def _transform(self:EmbeddingFeatures, X):
     block = self._look._fill(X, np.empty((len(X), len(self._look.names)), 'float32'))
     return self._finish(X, block, named)
 
-# %% ../nbs/13b_features.ipynb #50497ad5
+# %% ../nbs/13b_features.ipynb #e85799c2
 @patch
 def _splits(self:EmbeddingFeatures, X, y):
     "Folds as a list of (train, test) rows in which every row is held out once"
@@ -251,6 +251,7 @@ def _splits(self:EmbeddingFeatures, X, y):
     except ValueError as e:
         if "'groups'" not in str(e): raise
         raise ValueError(f"`cv`: {type(cv).__name__} asks for groups, which are not handed on: pass its folds, cv=list({type(cv).__name__}(...).split(X, y, groups))") from e
+    if not splits: raise ValueError("`cv` gives no folds: pass a number, a splitter, a list of (train, test) rows, or None for in-sample features")
     held = np.bincount(np.concatenate([t for _,t in splits]), minlength=len(X))
     if not (held==1).all():
         raise ValueError(f"`cv` holds {int((held!=1).sum())} of {len(X)} rows out never or more than once; each row's features "

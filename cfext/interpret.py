@@ -58,7 +58,7 @@ def _col_name(dls, col):
     if col is None: raise ValueError(f"`col` should name one of the columns with a table: {', '.join(names)}{', or user, item' if roles else ''}")
     return col
 
-# %% ../nbs/11b_interpret.ipynb #0fcb3f22
+# %% ../nbs/11b_interpret.ipynb #befebf95
 def cat_view(
     learn, # a learner, or a `CatView`, which is returned as it is
     col:str|None=None, # a column of its loaders, 'user' or 'item'; `None` is the items
@@ -76,6 +76,7 @@ def cat_view(
     n = np.bincount(code, minlength=len(classes))
     with np.errstate(invalid='ignore'): mean = None if y is None else (np.bincount(code, y, len(classes))/n)[lo:]
     ids = np.array(classes[lo:]+[None], dtype=object)[:-1]
+    if not isinstance(titles, (Mapping,pd.Series,type(None))): raise TypeError(f"`titles` should be {{id: title}} or a Series by id, got {type(titles).__name__}")
     if isinstance(titles, pd.Series): titles = _by_id(titles).to_dict()
     names = ids if titles is None else np.array([titles.get(o, o) for o in ids]+[None], dtype=object)[:-1]
     to_np = lambda t: t.detach().double().cpu().numpy()[lo:]
@@ -276,7 +277,7 @@ def error_by_count(
                             mean_rmse=g.base.mean()**.5, error=g.err.mean()))
     return res.reset_index(drop=True).rename_axis(col)
 
-# %% ../nbs/11b_interpret.ipynb #e995f739
+# %% ../nbs/11b_interpret.ipynb #6b249b0b
 def show_errors(
     learn, # a learner that predicts one number a row
     cols:Sequence|None=None, # columns to bin by; both user and item if `None`, or all the columns of a tabular learner
@@ -286,7 +287,7 @@ def show_errors(
     axs=None, # matplotlib axes, one for each column; new ones if `None`
 ): # array of the axes
     "Draw the error by how often the category of a row was seen in training, beside that of the category's mean"
-    cols = list(cols or learn.dls.cat_names)
+    cols = [cols] if isinstance(cols, str) else list(cols or learn.dls.cat_names)
     if axs is None: axs = plt.subplots(1, len(cols), figsize=(5*len(cols),3.4), sharey=True, squeeze=False, layout='constrained')[1][0]
     for ax,col in zip(axs, cols):
         e = error_by_count(learn, col, n_bins, ds_idx)
@@ -311,7 +312,7 @@ def _gradients(model, role, code, others):
         grad, = torch.autograd.grad(p.sum(), rows[0])
     return [o.detach().double().cpu().numpy() for o in (p.reshape(-1), grad, rows[0][0])]
 
-# %% ../nbs/11b_interpret.ipynb #5b9c2561
+# %% ../nbs/11b_interpret.ipynb #4968b0c4
 def explain(
     learn, # a learner over users and items whose model has factors for both
     user, # the caller's id of the user
@@ -324,6 +325,8 @@ def explain(
     "Explain a prediction by the ratings it rests on (Hu, Koren & Volinsky 2008; leave-one-out of ridge regression)"
     dls,role = learn.dls,('items','users').index(check_choice(through, 'through', ('items','users')))
     names = list(dls.cat_names)
+    if k is not None: check_pos(k, 'k')
+    if reg is not None and not reg>=0: raise ValueError(f"`reg`={reg} should be at least 0")
     if not _roles(dls): raise ValueError(f"explain needs a learner over users and items, this one has the columns {', '.join([*names, *dls.cont_names])}")
     check_fits(learn.model, dls)
     codes,where = list(cat_codes(dls).values()),[pd.Index(list(dls.classes[n])).get_indexer([o])[0] for n,o in zip(names, (user,item))]

@@ -187,9 +187,10 @@ def top_items(
         for _ in progress_bar(done, total=len(cuts), leave=False) if bar and len(cuts)>1 else done: pass
     return recs,vals
 
-# %% ../nbs/10_recommend.ipynb #1d6a8a70
+# %% ../nbs/10_recommend.ipynb #ae29162d
 def _as_index(ids):
     "One id or several as an Index"
+    if isinstance(ids, (pd.DataFrame,abc.Mapping)): raise TypeError(f"expected one id or several, got a {type(ids).__name__}: pass its column of ids, or a list")
     if isinstance(ids, (abc.Set,abc.ValuesView,abc.Iterator)): ids = list(ids)
     return pd.Index([plain(ids)] if np.ndim(ids)==0 else ids)
 

@@ -271,6 +271,11 @@ def test_splitters_may_give_masks(df):
     with pytest.raises(ValueError, match='a mask of 900 rows for a frame of'): loaders(df[:200], splitter=lambda o: (early,~early))
     with pytest.raises(ValueError, match='rows 1 to 900 of a frame of 900'): loaders(df.set_index(df.index+1), splitter=lambda o: (o.index,[]))
     assert len(loaders(df, splitter=lambda o: (range(900),[])).valid_ds)==0
+    for odd,err,msg in ((early,ValueError,'it gave 900'), (None,ValueError,'it gave 1'), (df,ValueError,'it gave 1'), (([1,2],),ValueError,'it gave 1'), (([0],[1],[2]),ValueError,'it gave 3'),
+                        (([1.5],[2]),TypeError,'expected row numbers or a mask'), ((['a'],[2]),TypeError,'expected row numbers'), ((early,None),TypeError,"gives 'None' for a part"), (([[0,1]],[2]),TypeError,'expected row numbers')):
+        with pytest.raises(err, match=msg): loaders(df, splitter=lambda o: odd)
+    for same in (([0.,1,2],[3.]), iter([[0,1,2],[3]]), np.array([[0,1],[2,3]]), (pd.Series([0,1,2], dtype='Int64'),pd.Index([3])), (torch.arange(3),torch.tensor([3]))):
+        assert 2<=len(loaders(df, splitter=lambda o: same).train_ds)<=3
 
 def test_names_that_occur_twice(df):
     "A column of the frame's index does not disturb; two columns of one name are refused wherever they would be read"

@@ -298,6 +298,7 @@ def test_folds_of_ones_own(train):
         EmbeddingFeatures(partial(means, target='y'), cv=GroupKFold(3)).fit_transform(X, y)
     with pytest.raises(ValueError, match='cv=5 folds need at least 5 rows, got n_samples=3: lower `cv`'):
         EmbeddingFeatures(partial(means, target='y')).fit_transform(X[:3], y[:3])
+    with pytest.raises(ValueError, match='`cv` gives no folds'): EmbeddingFeatures(partial(means, target='y'), cv=[]).fit_transform(X, y)
     with pytest.raises(ValueError, match="`cv`=1 should be a whole number of at least 2"):
         EmbeddingFeatures(partial(means, target='y'), cv=1).fit_transform(X, y)
 

@@ -271,6 +271,8 @@ def test_bad_input(learn, shop, dls):
              (ValueError, '`top`=1', lambda: show_item_map(learn, top=1)),
              (ValueError, 'explain needs a learner over users and items|no factors of users and items', lambda: explain(shop, 1, 2)),
              (UnknownIdError, 'Nosferatu', lambda: explain(learn, cat_view(learn, 'user').ids[0], 'Nosferatu')),
+             (ValueError, "`k`=-1", lambda: explain(learn, 1, 2, k=-1)), (ValueError, '`reg`=-1', lambda: explain(learn, 1, 2, reg=-1)),
+             (TypeError, '`titles` should be .* got str', lambda: cat_view(learn, titles='title')), (TypeError, 'got DataFrame', lambda: cat_view(learn, titles=ratings)),
              (ValueError, "`through`='genres'", lambda: explain(learn, 1, 2, through='genres'))]
     for err,match,f in cases:
         with pytest.raises(err, match=match): f()
@@ -281,6 +283,8 @@ def test_bad_input(learn, shop, dls):
     for f in (show_item_map, biases, describe_axes):
         with pytest.raises(ValueError, match='no embedding tables'): f(bare)
     with pytest.raises(ValueError, match='no factors'): explain(bare, cat_view(learn, 'user').ids[0], cat_view(learn).ids[0])
+
+def test_one_column_of_errors(learn): assert [ax.get_xlabel() for ax in show_errors(learn, 'user')]==['training rows of the user']
 
 def test_series_that_repeat_an_id(learn):
     "The first value that there is counts, as with a frame"

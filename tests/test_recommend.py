@@ -302,3 +302,11 @@ def test_loaders_of_another_size_are_refused(tmp_path):
         assert not (tmp_path/'b').exists()
     learn.dls = dls
     assert len(learn.recommend(dls.classes['user'].ids[-1], k=3))==3
+
+def test_a_frame_or_a_dict_is_no_list_of_ids():
+    df = synth_ratings(60, 40, 1000)
+    learn = cf_learner(CFDataLoaders.from_df(df, device='cpu'), n_factors=4)
+    for odd in (df[:3],{7:1}):
+        for f in (learn.recommend,learn.similar_items,learn.similar_users):
+            with pytest.raises(TypeError, match=f'one id or several, got a {type(odd).__name__}: pass its column'): f(odd)
+    assert learn.recommend(df.user[:3], k=2).user.nunique()==df.user[:3].nunique()
