@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['bundle_format', 'BundleError', 'load_bundle']
 
-# %% ../nbs/14_bundle.ipynb #be12451a
+# %% ../nbs/14_bundle.ipynb #ab7356e2
 import hashlib,json
+from contextlib import contextmanager
 
 import numpy as np,pandas as pd
 import torch
@@ -72,7 +73,7 @@ def _put(folder, stem, suffix, write):
         with whole_file(folder/name) as f: os.replace(tmp, f)
     return dict(name=name, sha256=sha)
 
-# %% ../nbs/14_bundle.ipynb #d517f277
+# %% ../nbs/14_bundle.ipynb #e058ec55
 def _settings(learn, model):
     "What a learner's bundle says besides parameters and ids"
     ds,loss = learn.dls.train_ds,getattr(learn.loss_func, 'func', learn.loss_func)
@@ -92,6 +93,7 @@ def save_bundle(self:CFLearner,
     "Write the learner as a folder of safetensors and JSON, whole or not at all"
     path,ds = Path(path),self.dls.train_ds
     if path.is_file(): raise BundleError(f"{path} is a file; expected a folder, new or of a bundle: give another name")
+    check_fits(self.model, self.dls)
     ids = {n: _ids_to_json(m.ids, n) for n,m in ds.classes.items()}
     model = self.model if history else getattr(self.model, 'without_rows', lambda: self.model)()
     tensors = {f'model.{k}': v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
@@ -116,7 +118,21 @@ def _files(path):
     try: return {Path(o['name']).name for o in json.loads((path/'bundle.json').read_text(encoding='utf-8'))['files'].values()}
     except (OSError,ValueError,KeyError,TypeError,AttributeError): return set()
 
-# %% ../nbs/14_bundle.ipynb #73a2ae71
+# %% ../nbs/14_bundle.ipynb #e255b542
+def _want(d, where, **kinds):
+    "Raise unless `d` has the keys of `kinds`, each with a value of that kind"
+    if not isinstance(d, dict): raise BundleError(f"{where} is {d!r}, expected an object with {', '.join(kinds)}; save the bundle again")
+    if lost := [k for k in kinds if k not in d]: raise BundleError(f"{where} lacks {', '.join(lost)}; save the bundle again")
+    for k,t in kinds.items():
+        if not isinstance(d[k], t): raise BundleError(f"{where}: {k} is {d[k]!r}, expected {str(t).removeprefix('<class ').rstrip('>')}; save the bundle again")
+
+@contextmanager
+def _told(what):
+    "Raise what goes wrong inside as a `BundleError`"
+    try: yield
+    except BundleError: raise
+    except (KeyError,TypeError,ValueError,RuntimeError,AttributeError) as e: raise BundleError(f"{what} ({type(e).__name__}: {e}); save the bundle again") from e
+
 def _manifest(path):
     "Read and check `bundle.json` and the digests of the files it names"
     if path.is_file():
@@ -126,9 +142,16 @@ def _manifest(path):
     try: d = json.loads((path/'bundle.json').read_text(encoding='utf-8'))
     except ValueError as e: raise BundleError(f"{path/'bundle.json'} is not readable as JSON ({e}); save the bundle again") from e
     if not isinstance(d, dict) or d.get('kind')!='cfext bundle': raise BundleError(f"{path/'bundle.json'} is not the manifest of a bundle")
+    where = path/'bundle.json'
+    _want(d, where, format=int)
     if d['format']>bundle_format:
         raise BundleError(f"{path} has format {d['format']}, this version of cfext reads up to {bundle_format}: upgrade cfext")
-    for o in d['files'].values():
+    _want(d, where, files=dict, model=dict, loss=str, unk=str, unk_p=int|float, bs=int, user_name=str|int|float, item_name=str|int|float, rating_name=str|int|float|None)
+    _want(d['model'], f"{where}, 'model'", name=str, config=dict|None)
+    _want(d['files'], f"{where}, 'files'", tensors=dict, ids=dict)
+    with _told(f"{where} holds what cannot be used"): check_choice(d['unk'], 'unk', unk_policies),check_pos(d['bs'], 'bs'),IdDropout(d['unk_p'])
+    for k,o in d['files'].items():
+        _want(o, f"{where}, 'files', {k!r}", name=str, sha256=str)
         f = path/Path(o['name']).name
         if not f.is_file(): raise BundleError(f"{f} is missing; the bundle is incomplete, save it again")
         if _digest(f)!=o['sha256']: raise BundleError(f"{f} is not what was saved (its checksum differs); save the bundle again")
@@ -139,12 +162,12 @@ def _bundle_model(d, model, state):
     name,config = d['model']['name'],d['model']['config']
     if model is None:
         if name not in _models: raise BundleError(f"the bundle's model is {name}, which is not one of cfext's: pass an instance as `model=`")
-        return _models[name].restore(config, state)
+        with _told(f"the bundle's parameters do not make a {name} of its arguments {config}"): return _models[name].restore(config, state)
     try: model.load_state_dict(state)
     except RuntimeError as e: raise BundleError(f"the parameters in the bundle do not fit {type(model).__name__}: {e}") from e
     return model
 
-# %% ../nbs/14_bundle.ipynb #a27ce9df
+# %% ../nbs/14_bundle.ipynb #a2f8f0fa
 def load_bundle(
     path:str|Path, # folder that `save_bundle` wrote
     *,
@@ -157,16 +180,16 @@ def load_bundle(
     d = _manifest(path)
     f = {k: path/Path(o['name']).name for k,o in d['files'].items()}
     t,ids = load_file(f['tensors']),json.loads(f['ids'].read_text(encoding='utf-8'))
-    classes = {n: IdMap(_ids_from_json(ids[str(n)])) for n in (d['user_name'], d['item_name'])}
+    with _told(f"{f['ids']} is not of the columns {d['user_name']!r} and {d['item_name']!r}"): classes = {n: IdMap(_ids_from_json(ids[str(n)])) for n in (d['user_name'], d['item_name'])}
     none = torch.zeros(0, 2, dtype=torch.int32)
     dss = [Ratings(t.get(f'{s}.x', none), t.get(f'{s}.y', torch.zeros(0, 1)), classes, d['rating_name'], t.get(f'{s}.w')) for s in ('train','valid')]
     model = _bundle_model(d, model, {k.removeprefix('model.'): v for k,v in t.items() if k.startswith('model.')})
     if loss_func is None:
         if d['loss'] not in _losses: raise BundleError(f"the bundle was trained with {d['loss']}: pass it as `loss_func=`")
-        loss_func = _losses[d['loss']](**d.get('loss_args', {}))
+        with _told(f"{d['loss']} does not take `loss_args`={d.get('loss_args')!r}"): loss_func = _losses[d['loss']](**d.get('loss_args', {}))
     device = default_device() if device is None else device
     dls = CFDataLoaders(ResidentDL(dss[0], bs=d['bs'], shuffle=True, device=device),
                         ResidentDL(dss[1], bs=max(d['bs'], 8192), device=device), path=path, device=device)
     dls.unk,dls.also_seen = d['unk'],(t.get('train.also'), t.get('valid.also'))
-    cbs = [Negatives(**d['negatives'])] if 'negatives' in d else None
+    with _told(f"`Negatives` does not take {d.get('negatives')!r}"): cbs = [Negatives(**d['negatives'])] if 'negatives' in d else None
     return cf_learner(dls, model, loss_func=loss_func, unk_p=d['unk_p'], cbs=cbs)

@@ -167,20 +167,37 @@ def _fit(
     with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K).to_csv(f, index=False, float_format='%.4f')
     print((f"\n{report.round(4)}\n" if len(report) else '') + f"\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
 
-# %% ../nbs/16_cli.ipynb #773bfd36
-def _parse_id(learn, role, text):
-    "An id from the command line as the kind of value that the map holds"
-    ids = learn.dls.classes[learn.dls.cat_names[role=='item']].ids
-    kind = type(plain(ids[0]))
-    try: return kind(text) if kind in (int,float) else text
-    except ValueError: raise UnknownIdError(role, [text], f"ids are whole numbers such as {ids[0]}" if kind is int else f"ids are numbers such as {ids[0]}") from None
+# %% ../nbs/16_cli.ipynb #097df6c7
+_kinds = {int:'whole numbers', float:'numbers'}
+
+def _the_id(learn, role, text):
+    "The id that was named, as the kind of value that the map holds; the one with most rows where none was"
+    j = int(role=='item')
+    ids,x,most = learn.dls.classes[learn.dls.cat_names[j]],learn.dls.train_ds.x[:,j],('most active','most rated')[j]
+    if text is None:
+        if not len(x): raise ValueError(f"the bundle was saved without its rows, so no {role} is the {most} one: name one with --{role}")
+        o = ids.decode([x.mode().values.item()])[0]
+        print(f"no --{role} given: the {most} one, {o}\n")
+        return o
+    first = plain(ids.ids[0])
+    try: o = type(first)(text) if type(first) in _kinds else text
+    except ValueError: o = text
+    if not ids.encode([o])[0]: raise UnknownIdError(role, [o], f"--{role} takes {_kinds.get(type(first), 'ids')} such as {first!r}, and left out the {most} one")
+    return o
+
+def _open(bundle):
+    "The learner in a folder"
+    if not Path(bundle).is_file() and not (Path(bundle)/'bundle.json').is_file(): raise BundleError(f"{bundle} holds no bundle: `cfext fit DATA --out {bundle}` writes one")
+    return load_bundle(bundle)
 
 def _evaluate(
     bundle:str, # folder that `cfext fit` wrote
     K:int=10, # places in each list
 ):
     "Print the report on the held-out rows, beside baselines"
-    print(load_bundle(bundle).evaluate(k=K).round(4))
+    learn = _open(bundle)
+    if not len(learn.dls.valid_ds): raise ValueError(f"{bundle} holds no rows that were held out: fit it with --valid-pct above 0")
+    print(learn.evaluate(k=K).round(4))
 
 def _recommend(
     bundle:str, # folder that `cfext fit` wrote
@@ -189,26 +206,18 @@ def _recommend(
     seen:bool=False, # also recommend what the user has rated?
 ):
     "Print the best items for a user"
-    learn = load_bundle(bundle)
-    if user is None:
-        u = learn.dls.classes[learn.dls.user_name].decode([learn.dls.train_ds.x[:,0].mode().values.item()])[0]
-        print(f"no --user given: the most active one, {u}\n")
-    else: u = _parse_id(learn, 'user', user)
-    print(learn.recommend([u], k=K, exclude_seen=not seen).round(3).to_string(index=False))
+    learn = _open(bundle)
+    print(learn.recommend([_the_id(learn, 'user', user)], k=K, exclude_seen=not seen).round(3).to_string(index=False))
 
-# %% ../nbs/16_cli.ipynb #9e2ab919
+# %% ../nbs/16_cli.ipynb #f6ff4a2d
 def _similar(
     bundle:str, # folder that `cfext fit` wrote
     item:str=None, # an item's id or title; none: the most rated item
     K:int=10, # neighbours
 ):
     "Print the items whose factors are nearest"
-    learn = load_bundle(bundle)
-    if item is None:
-        i = learn.dls.classes[learn.dls.item_name].decode([learn.dls.train_ds.x[:,1].mode().values.item()])[0]
-        print(f"no --item given: the most rated one, {i}\n")
-    else: i = _parse_id(learn, 'item', item)
-    print(learn.similar_items([i], k=K).round(3).to_string(index=False))
+    learn = _open(bundle)
+    print(learn.similar_items([_the_id(learn, 'item', item)], k=K).round(3).to_string(index=False))
 
 # %% ../nbs/16_cli.ipynb #2ed191aa
 def _explore(
@@ -220,7 +229,7 @@ def _explore(
     "Look at a bundle in a browser"
     serve_explorer(bundle, data, host=host, port=port)
 
-# %% ../nbs/16_cli.ipynb #45b4903d
+# %% ../nbs/16_cli.ipynb #6fb2e978
 _commands = dict(fit=(_fit, 'data'), evaluate=(_evaluate, 'bundle'), recommend=(_recommend, 'bundle'), similar=(_similar, 'bundle'),
                  explore=(_explore, 'bundle'))
 
@@ -239,3 +248,5 @@ def main(
         print(f"cfext {argv[0]}: {e}", file=sys.stderr)
         return 2
     return 0
+
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # `python -m cfext.cli`; a notebook is no file

@@ -40,7 +40,7 @@ def history_rows(
     res[row, items[at]] = 1
     return res
 
-# %% ../nbs/04b_closed.ipynb #f6f0a05f
+# %% ../nbs/04b_closed.ipynb #68394142
 def _solved(cls, base, config, state):
     "A solved model with the tables of `state`; nothing is solved again"
     model = cls.__new__(cls)
@@ -50,12 +50,17 @@ def _solved(cls, base, config, state):
         else: setattr(model, k, nn.Parameter(v, requires_grad=False))
     return model
 
+def _rows_to_solve(dls):
+    "The codes of the training rows"
+    if not len(dls.train_ds): raise ValueError("the loaders hold no training rows to solve from, as those of a bundle without its rows: make them with `from_df`")
+    return dls.train_ds.x
+
 class _ItemBased(CFModel):
     "Scores by a user's history times a table of items `weight` (n_items, n_items)"
     rates = False
     def __init__(self, dls, **config):
         super().__init__(dls.n_users, dls.n_items, **config)
-        starts,items = user_histories(dls.train_ds.x, dls.n_users, dls.n_items)
+        starts,items = user_histories(_rows_to_solve(dls), dls.n_users, dls.n_items)
         self.register_buffer('starts', starts)
         self.register_buffer('items', items)
     @classmethod
@@ -158,7 +163,7 @@ def pair_weights(
     res = w.new_full((len(keys),), -torch.inf).scatter_reduce_(0, at, w, 'amax')
     return res[(keys>=n_items)&(keys%n_items>0)]
 
-# %% ../nbs/04b_closed.ipynb #b44d3915
+# %% ../nbs/04b_closed.ipynb #947523cb
 class IALS(DotProduct):
     "Implicit alternating least squares over all pairs (Hu, Koren and Volinsky 2008; Rendle et al. 2022)"
     rates = False
@@ -173,7 +178,7 @@ class IALS(DotProduct):
     ):
         if not (alpha0>=0 and lam>0): raise ValueError(f"`alpha0`={alpha0} should be at least 0 and `lam`={lam} above it")
         super().__init__(dls.n_users, dls.n_items, check_pos(n_factors, 'n_factors'), alpha0=alpha0, lam=lam, nu=nu, n_iter=check_pos(n_iter, 'n_iter'))
-        x,w,dev = dls.train_ds.x,dls.train_ds.w,dls.train_ds.x.device
+        x,w,dev = _rows_to_solve(dls),dls.train_ds.w,dls.train_ds.x.device
         by_user,by_item = user_histories(x, self.n_users, self.n_items),user_histories(x.flip(1), self.n_items, self.n_users)
         wu,wi = pair_weights(x, w, self.n_users, self.n_items),pair_weights(x.flip(1), w, self.n_items, self.n_users)
         gen = None if seed is None else torch.Generator().manual_seed(seed)

@@ -15,18 +15,20 @@ import numpy as np,pandas as pd
 from torch import nn
 from fastcore.basics import *
 
-# %% ../nbs/00_core.ipynb #a08de301
+# %% ../nbs/00_core.ipynb #fb61d5f1
 def check_cols(
     df:pd.DataFrame, # frame to look into
     **cols:str, # argument name = column name, as the caller gave them; `None` is passed over
 )->None:
-    "Raise a `ValueError` that names the columns there are, unless every one of `cols` is a column of `df`"
+    "Raise a `ValueError` that names the columns there are, unless each of `cols` is one column of `df`"
     if not isinstance(df, pd.DataFrame): raise TypeError(f"expected a pandas DataFrame, got {type(df).__name__}")
     for arg,col in cols.items():
         if col is not None and col not in df.columns:
             raise ValueError(f"`{arg}`={col!r} is not a column of the frame ({', '.join(map(str, df.columns))})")
+        if col is not None and df[col].ndim>1:
+            raise ValueError(f"`{arg}`={col!r} names {df[col].shape[1]} columns: rename them, or keep the first with `df.loc[:, ~df.columns.duplicated()]`")
 
-# %% ../nbs/00_core.ipynb #921779aa
+# %% ../nbs/00_core.ipynb #5526e333
 col_words = dict(
     user=('user','userid','uid','customer','customerid','member','memberid','reader','readerid','visitorid'),
     item=('item','itemid','iid','movie','movieid','product','productid','book','bookid','article','articleid','asin','isbn','sku'),
@@ -39,11 +41,10 @@ def find_col(
     role:str, # one of `col_words`: 'user', 'item', 'rating', 'time'
 )->str: # the column's name in `df`
     "Return `name` if it is a column; else, for a default word, the first column with a usual spelling of `role`"
-    if name in df.columns: return name
-    if name in (role, col_words[role][0]):
-        for c in df.columns:
-            if isinstance(c, str) and c.lower().replace('_','').replace(' ','') in col_words[role]: return c
+    if name not in df.columns and name in (role, col_words[role][0]):
+        name = next((c for c in df.columns if isinstance(c, str) and c.lower().replace('_','').replace(' ','') in col_words[role]), name)
     check_cols(df, **{f'{role}_name': name})
+    return name
 
 # %% ../nbs/00_core.ipynb #86f95421
 def as_frame(
@@ -83,8 +84,10 @@ class UnknownIdError(KeyError):
         n,some = len(self.ids),', '.join(map(repr, self.ids[:5]))
         return f"{n} {self.role} id{'s' if n>1 else ''} not seen in training: {some}{', ...' if n>5 else ''}; {self.hint}"
 
-# %% ../nbs/00_core.ipynb #10f457e5
+# %% ../nbs/00_core.ipynb #f1950f17
 unk_policies = ('raise','na','mean')
+
+def _brief(o): return r if len(r := repr(o))<=100 else f"<a {type(o).__name__}>"
 
 def check_choice(
     val, # the value given
@@ -92,7 +95,9 @@ def check_choice(
     choices, # the values allowed
 ):
     "Return `val` if it is one of `choices`, else raise a `ValueError` that lists them"
-    if val not in choices: raise ValueError(f"`{name}`={val!r} is not one of {', '.join(map(repr, choices))}")
+    try: ok = val in choices
+    except (TypeError,ValueError): ok = False # frames and lists
+    if not ok: raise ValueError(f"`{name}`={_brief(val)} is not one of {', '.join(map(repr, choices))}")
     return val
 
 def check_pos(
@@ -103,7 +108,7 @@ def check_pos(
     "Return `val` as an int if it is a whole number of at least `least`, else raise a `ValueError`"
     try: ok = int(val)==val and val>=least
     except (TypeError,ValueError): ok = False
-    if not ok: raise ValueError(f"`{name}`={val!r} should be a whole number of at least {least}")
+    if not ok: raise ValueError(f"`{name}`={_brief(val)} should be a whole number of at least {least}")
     return int(val)
 
 # %% ../nbs/00_core.ipynb #b3142d99

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IdMap', 'Ratings', 'ResidentDL', 'CFDataLoaders']
 
-# %% ../nbs/01b_data.ipynb #ac398ce6
+# %% ../nbs/01b_data.ipynb #49f8aa1c
 import random,warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np,pandas as pd
 import torch
 from torch import Tensor
-from pandas.api.types import is_float_dtype,is_integer_dtype,is_unsigned_integer_dtype
+from pandas.api.types import is_bool_dtype,is_float_dtype,is_integer_dtype,is_unsigned_integer_dtype
 from fastai.data.all import *
 from fastai.tabular.core import display_df
 from .core import *
@@ -257,7 +257,7 @@ def show_results(self:ResidentDL, b, out, max_n=9, ctxs=None, show=True, **kwarg
     df = self.dataset.frame(tuple(o[:max_n] for o in b), pred=detuplify(out)[:max_n])
     return display_df(df) if show else df
 
-# %% ../nbs/01b_data.ipynb #35815639
+# %% ../nbs/01b_data.ipynb #af8b2643
 def _dedupe(df, user, item, rating, policy):
     "Apply the policy for rows with the same user and item"
     check_choice(policy, 'dups', ('keep','last','mean','raise'))
@@ -269,19 +269,38 @@ def _dedupe(df, user, item, rating, policy):
         raise ValueError(f"{int(dup.sum())} rows repeat a pair of {user!r} and {item!r} (first: {plain(u)!r}, {plain(i)!r}): "
                          "choose dups='keep', 'last' or 'mean'")
     if policy=='mean' and rating is not None:
-        df = df.assign(**{rating: df.groupby([user,item], observed=True)[rating].transform('mean')})
+        y = pd.Series(_numbers(df[rating], 'rating_name', float))
+        df = df.assign(**{rating: y.groupby([df[c].reset_index(drop=True) for c in (user,item)], observed=True, sort=False).transform('mean').to_numpy()})
     return df[~dup]
+
+def _numbers(col, arg, dtype=np.float32):
+    "A column as an array of numbers, NaN where one is missing"
+    try: return col.to_numpy(dtype=dtype, na_value=np.nan)
+    except (ValueError,TypeError) as e: raise TypeError(f"`{arg}`={col.name!r} should hold numbers; it holds {col.dtype}") from e
 
 def _targets(col, arg):
     "A column of finite numbers as a (n,1) float32 tensor"
-    try: y = col.to_numpy(dtype=np.float32, na_value=np.nan)
-    except (ValueError,TypeError) as e: raise TypeError(f"`{arg}`={col.name!r} should hold numbers; it holds {col.dtype}") from e
+    y = _numbers(col, arg)
     bad = ~np.isfinite(y)
     if bad.any(): raise ValueError(f"`{arg}`={col.name!r} holds {int(bad.sum())} missing or infinite values (first at row "
                                    f"{int(bad.argmax())}): drop them with `df[np.isfinite(df[{col.name!r}])]`")
     return torch.from_numpy(y)
 
-# %% ../nbs/01b_data.ipynb #27262b2a
+# %% ../nbs/01b_data.ipynb #64fc64eb
+def _row_numbers(o, n):
+    "Row numbers from what a splitter gives for one part of `n` rows: row numbers, or a mask"
+    o = o if isinstance(o, (pd.Series,pd.api.extensions.ExtensionArray)) else np.asarray(o)
+    if is_bool_dtype(o.dtype):
+        if len(o)!=n: raise ValueError(f"`splitter` gives a mask of {len(o)} rows for a frame of {n}: make it from the frame that it gets")
+        return np.flatnonzero(pd.Series(o).to_numpy(dtype=bool, na_value=False))
+    try: ok = ((rows := np.asarray(o, dtype=np.int64))==np.asarray(o)).all() and rows.ndim==1
+    except (TypeError,ValueError): ok = False
+    if not ok: raise TypeError(f"`splitter` gives {str(o)[:60]!r} for a part; expected row numbers or a mask")
+    o = rows
+    if len(o) and not (0<=o.min() and o.max()<n):
+        raise ValueError(f"`splitter` gives rows {o.min()} to {o.max()} of a frame of {n}: give row numbers from 0 (not the labels of its index), or masks")
+    return o
+
 def _split_mask(df, splitter, valid_pct, seed):
     "Mask of the training rows"
     n = len(df)
@@ -291,7 +310,11 @@ def _split_mask(df, splitter, valid_pct, seed):
         g = None if seed is None else torch.Generator().manual_seed(seed)
         if int(valid_pct*n): train[torch.randperm(n, generator=g)[:int(valid_pct*n)].numpy()] = False
         return train,~train
-    tr,va = (np.asarray(o, dtype=np.int64) for o in splitter(df))
+    parts = splitter(df)
+    n_parts = len(parts := list(parts)) if is_iter(parts) and not isinstance(parts, (pd.DataFrame,str)) else 1
+    if n_parts!=2: raise ValueError("`splitter` should give two parts, the rows to train on and those held out, as row numbers or masks"
+                                    f" (of one mask: `lambda df: (~mask(df),mask(df))`); it gave {n_parts}")
+    tr,va = (_row_numbers(o, n) for o in parts)
     train[:] = False
     train[tr] = True
     valid = np.zeros(n, bool)
@@ -299,7 +322,7 @@ def _split_mask(df, splitter, valid_pct, seed):
     if (train&valid).any(): raise ValueError(f"`splitter` puts {int((train&valid).sum())} rows into both training and validation")
     return train,valid
 
-# %% ../nbs/01b_data.ipynb #46672f11
+# %% ../nbs/01b_data.ipynb #ff760079
 def _fits(dss, device):
     "Do the rows of `dss` take at most half of what is free on the device?"
     if torch.device(device).type!='cuda': return True
@@ -318,7 +341,7 @@ class CFDataLoaders(DataLoaders):
         seed:int|None=None, # fixes the validation rows (the same as fastai's for this seed) and the order of the batches
         path:str|Path='.', # where a learner keeps its files
         *,
-        splitter=None, # function from the frame to row numbers of training and validation
+        splitter=None, # function from the frame to row numbers, or masks, of training and validation
         weight_name:str|None=None, # column of weights of the rows in the loss
         dups:str='keep', # rows that repeat a user and item: 'keep', 'last', 'mean' or 'raise'
         unk:str='raise', # what later frames with unknown ids meet: 'raise', 'na' (row 0) or 'mean' (the mean of the known)

@@ -210,19 +210,19 @@ def _places(learn, model):
     if not embs: raise ValueError(f"{type(model).__name__} has no embedding tables")
     return embs
 
-# %% ../nbs/02_embed.ipynb #9f9bf833
+# %% ../nbs/02_embed.ipynb #a77cc407
 def emb_spectrum(
     table:torch.Tensor, # (n,f) float
-    counts:Sequence=None, # (n,) training rows of each row: those that have none are left out
+    counts:Sequence=None, # (n,) training rows of each row: those that have none are left out, unless none has any
 )->torch.Tensor: # (min(n,f),) float64, falling
     "Compute the singular values of the rows around their mean"
     t = table.detach().double().cpu()
-    if counts is not None: t = t[torch.as_tensor(np.asarray(counts)>0)]
+    if counts is not None and np.any(counts): t = t[torch.as_tensor(np.asarray(counts)>0)]
     return torch.linalg.svdvals(t-t.mean(0))
 
 def effective_rank(
     table:torch.Tensor, # (n,f) float
-    counts:Sequence=None, # (n,) training rows of each row: those that have none are left out
+    counts:Sequence=None, # (n,) training rows of each row: those that have none are left out, unless none has any
 )->float: # from 1 to min(n,f); 0 for a table whose rows are all the same
     "Effective rank, the exponential of the entropy of the singular values' shares (Roy & Vetterli 2007, eq. 3)"
     s = emb_spectrum(table, counts)
@@ -247,7 +247,7 @@ def _new_ax(w, h):
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(w,h), layout='constrained')[1]
 
-# %% ../nbs/02_embed.ipynb #dd6281be
+# %% ../nbs/02_embed.ipynb #f95e6717
 def emb_report(
     dls, # loaders, a `TabularPandas`, or a learner
     emb_szs:dict=None, # {column: width}; the learner's own, or those of fastai's rule, if `None`
@@ -260,7 +260,7 @@ def emb_report(
     tables = cat_tables(dls) if hasattr(dls, 'model') and emb_szs is None else {}
     szs = emb_szs or {k:t.shape[1] for k,t in tables.items()} or get_emb_szs(dls)
     if set(szs)-set(counts): raise ValueError(f"`emb_szs` names {sorted(set(szs)-set(counts))}, the columns are {list(counts)}")
-    df = pd.DataFrame([dict(column=k, n=len(counts[k]), effective=round(eff_card(counts[k]),1), width=w, params=len(counts[k])*w,
+    df = pd.DataFrame([dict(column=k, n=len(counts[k]), effective=round(eff_card(counts[k]),1) if counts[k].any() else np.nan, width=w, params=len(counts[k])*w,
                             bytes=4*len(counts[k])*w) for k,w in szs.items()]).set_index('column')
     if tables: df['rank'] = [round(effective_rank(t, counts[k]),1) for k,t in tables.items()]
     if plot:
@@ -363,12 +363,13 @@ def shrink(
         raise ValueError(f"{type(model).__name__} does more with its tables than a dot product or a first linear layer would: can't shrink it")
     return cut(learn, tables, sz, counts)
 
-# %% ../nbs/02_embed.ipynb #1885a2ab
+# %% ../nbs/02_embed.ipynb #c9087381
 def shrink_curve(
     learn, # a fitted learner
     szs:Sequence, # widths to try, each as `sz` of `shrink`
 )->pd.DataFrame: # a row for the model as it is and one for each width: parameters of the tables, loss, metrics
     "Measure the validation loss of a learner after cutting its tables to each of `szs`, without further training"
+    if not len(learn.dls.valid): raise ValueError("the learner has no validation rows to measure the loss on: make its loaders with `valid_pct` or a `splitter`")
     model,res = learn.model,[]
     cols = ['valid_loss', *(m.name for m in learn.metrics)]
     try:

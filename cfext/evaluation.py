@@ -237,7 +237,7 @@ def _put_figure(df, row, col, vals, interval, seed):
     b = bootstrap_interval(vals, interval, seed=seed)
     df.loc[row,f'{col} low'],df.loc[row,f'{col} high'] = b['low'],b['high']
 
-# %% ../nbs/10c_evaluation.ipynb #c010ccaf
+# %% ../nbs/10c_evaluation.ipynb #7847c7b7
 @patch
 def evaluate(self:CFLearner,
     k:int=10, # places in each list
@@ -254,6 +254,7 @@ def evaluate(self:CFLearner,
 )->Report: # a row for the model and each baseline; errors on the rating scale, measures of lists
     "Judge ratings and lists on rows that the model was not fitted to, beside baselines"
     dls,k,name = self.dls,check_pos(k, 'k'),type(self.model).__name__
+    check_fits(self.model, dls)
     x,y,seen = _split_rows(self, split)
     held = HeldOut(dls, x, seen if exclude_seen else None)
     kw,ranked,suffix = _protocol(self, held, seen if exclude_seen else None, candidates, n_sampled, seed)

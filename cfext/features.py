@@ -76,7 +76,7 @@ class _Shared(TransformerMixin, BaseEstimator):
         super().__setstate__(state)
         if hasattr(self, 'tables_'): self._look = _Lookup(self.tables_, self.form, self.unk, self.groups_)
 
-# %% ../nbs/13b_features.ipynb #3e69ad5b
+# %% ../nbs/13b_features.ipynb #80c82ecb
 class EmbeddingFeatures(_Shared):
     "Replace categorical columns by what a network has learned about their categories"
     def __init__(self,
@@ -85,7 +85,7 @@ class EmbeddingFeatures(_Shared):
         cols=None, # categorical columns to use; by default all that the learner embeds
         form:str='aligned', # 'aligned': factors, bias, score; 'free': bias, norm, score, distances to group centres
         output:str='replace', # 'replace' the categoricals, 'add' to all columns, or 'only' the features
-        unk:str='mean', # an unknown category: 'mean' of the known, 'na' for the model's row 0, or 'raise'
+        unk:str='mean', # an unknown category, or an empty cell where training had none: 'mean' of the known, 'na' for the model's row 0, or 'raise'
         cv=5, # folds of `fit_transform`: number, splitter or list of (train, test) rows; `None` for in-sample features
         n_groups:int=8, # groups whose centres distances are measured to, at most half the categories
         target:str='target', # name under which `y` joins the recipe's frame, unless `y` is a Series with a name
@@ -165,7 +165,7 @@ def _checked(self:EmbeddingFeatures, X):
         raise ValueError(f"columns {extra} were not there at fit: leave them out, X[{need}]")
     return X if list(X.columns)==need else X[need]
 
-# %% ../nbs/13b_features.ipynb #d098fe9b
+# %% ../nbs/13b_features.ipynb #c9d5790c
 @patch
 def _recipe(self:EmbeddingFeatures):
     "Whether `source` fits learners, rather than being one"
@@ -188,7 +188,11 @@ def _read(self:EmbeddingFeatures, frame):
     o = self.source(frame) if self._recipe() else self.source
     if not isinstance(o, (Learner,dict)):
         raise TypeError(f"`source` should be a fitted Learner, or a recipe that returns one; got {type(o).__name__}")
-    return read_embs(o)
+    res = read_embs(o)
+    for c,t in res.items():
+        odd = ~np.isfinite(t.factors if t.bias is None else np.c_[t.factors,t.bias]).all(1)
+        if odd.any(): raise ValueError(f"the embedding of {c!r} holds NaN or infinite numbers in {int(odd.sum())} of {len(odd)} rows: has the learner's training diverged?")
+    return res
 
 # %% ../nbs/13b_features.ipynb #8240c289
 @patch
@@ -234,7 +238,7 @@ def _transform(self:EmbeddingFeatures, X):
     block = self._look._fill(X, np.empty((len(X), len(self._look.names)), 'float32'))
     return self._finish(X, block, named)
 
-# %% ../nbs/13b_features.ipynb #323b9c6b
+# %% ../nbs/13b_features.ipynb #e85799c2
 @patch
 def _splits(self:EmbeddingFeatures, X, y):
     "Folds as a list of (train, test) rows in which every row is held out once"
@@ -243,11 +247,15 @@ def _splits(self:EmbeddingFeatures, X, y):
         check_pos(cv, 'cv', 2)
         if len(X)<cv: raise ValueError(f"cv={cv} folds need at least {cv} rows, got n_samples={len(X)}: lower `cv`")
         cv = KFold(int(cv), shuffle=True, random_state=self.seed)
-    splits = list(check_cv(cv).split(X, y))
+    try: splits = list(check_cv(cv).split(X, y))
+    except ValueError as e:
+        if "'groups'" not in str(e): raise
+        raise ValueError(f"`cv`: {type(cv).__name__} asks for groups, which are not handed on: pass its folds, cv=list({type(cv).__name__}(...).split(X, y, groups))") from e
+    if not splits: raise ValueError("`cv` gives no folds: pass a number, a splitter, a list of (train, test) rows, or None for in-sample features")
     held = np.bincount(np.concatenate([t for _,t in splits]), minlength=len(X))
     if not (held==1).all():
         raise ValueError(f"`cv` holds {int((held!=1).sum())} of {len(X)} rows out never or more than once; each row's features "
-                         "have to come from one fold (use KFold or GroupKFold, not a split that moves forward in time)")
+                         "have to come from one fold (use KFold or the folds of a GroupKFold, not a split that moves forward in time)")
     return splits
 
 # %% ../nbs/13b_features.ipynb #33af62a4

@@ -90,7 +90,7 @@ def predict_rows(
     kw = dict(unk='na' if learn.dls.unk=='raise' else learn.dls.unk) if isinstance(learn.dls, CFDataLoaders) else {}
     with learn.no_bar(),learn.no_logging(): return learn.get_preds(dl=learn.dls.test_dl(rows, **kw))[0].cpu()
 
-# %% ../nbs/14b_folds.ipynb #bd98c747
+# %% ../nbs/14b_folds.ipynb #ce08e712
 def _frame_digest(df, rows):
     "SHA-256 of the frame's values and of the folds"
     try: h = pd.util.hash_pandas_object(df)
@@ -106,8 +106,8 @@ def _claim(path, what):
     if not f.is_file():
         with whole_file(f) as tmp: tmp.write_text(json.dumps(what, indent=1), encoding='utf-8')
         return
-    try: was = json.loads(f.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{f} is not readable ({e}): choose another `path`, or delete that folder") from e
+    try: was = dict(json.loads(f.read_text(encoding='utf-8')))
+    except (ValueError,TypeError) as e: raise ValueError(f"{f} is not readable ({e}): choose another `path`, or delete that folder") from e
     odd = [k for k in what if was.get(k)!=what[k]]
     if odd: raise ValueError(f"{path} holds folds of another {', '.join(odd)}: choose another `path`, or delete that folder")
 

@@ -21,7 +21,7 @@ from .learner import *
 from .maps import *
 from .models import *
 
-# %% ../nbs/11b_interpret.ipynb #b25d4fcb
+# %% ../nbs/11b_interpret.ipynb #233a7c64
 @dataclass
 class CatView:
     "A categorical column of a learner, a row for each category"
@@ -45,6 +45,11 @@ def _roles(dls):
     "{'user':column, 'item':column} where there are just these two, else nothing"
     return dict(zip(('user','item'), dls.cat_names)) if len(dls.cat_names)==2 and not len(getattr(dls, 'cont_names', ())) else {}
 
+def _by_id(s):
+    "A Series with one value an id, the first that there is"
+    s = s.dropna()
+    return s[~s.index.duplicated()]
+
 def _col_name(dls, col):
     "The column meant by `col`: its own name, 'user' or 'item', or `None` for the items"
     names,roles = list(dls.cat_names),_roles(dls)
@@ -53,15 +58,16 @@ def _col_name(dls, col):
     if col is None: raise ValueError(f"`col` should name one of the columns with a table: {', '.join(names)}{', or user, item' if roles else ''}")
     return col
 
-# %% ../nbs/11b_interpret.ipynb #2c8deaa1
+# %% ../nbs/11b_interpret.ipynb #befebf95
 def cat_view(
     learn, # a learner, or a `CatView`, which is returned as it is
     col:str|None=None, # a column of its loaders, 'user' or 'item'; `None` is the items
-    titles:Mapping|None=None, # {id: title}, or a Series, where the ids themselves say little
+    titles:Mapping|None=None, # {id: title}, or a Series by id (the first title counts), where the ids themselves say little
 )->CatView:
     "Gather names, table, biases, counts and mean targets of a column"
     if isinstance(learn, CatView): return learn
     dls,col = learn.dls,_col_name(learn.dls, col)
+    check_fits(learn.model, dls)
     i,classes = list(dls.cat_names).index(col),list(dls.classes[col])
     lo = int(str(classes[0])=='#na#')
     bias = next((b for o in (('user_bias','item_bias')[min(i,1)],('u_bias','i_bias')[min(i,1)]) if (b := getattr(learn.model, o, None)) is not None), None)
@@ -70,6 +76,8 @@ def cat_view(
     n = np.bincount(code, minlength=len(classes))
     with np.errstate(invalid='ignore'): mean = None if y is None else (np.bincount(code, y, len(classes))/n)[lo:]
     ids = np.array(classes[lo:]+[None], dtype=object)[:-1]
+    if not isinstance(titles, (Mapping,pd.Series,type(None))): raise TypeError(f"`titles` should be {{id: title}} or a Series by id, got {type(titles).__name__}")
+    if isinstance(titles, pd.Series): titles = _by_id(titles).to_dict()
     names = ids if titles is None else np.array([titles.get(o, o) for o in ids]+[None], dtype=object)[:-1]
     to_np = lambda t: t.detach().double().cpu().numpy()[lo:]
     return CatView(col, ids, names, to_np(cat_tables(learn)[col]), None if bias is None else to_np(bias).reshape(-1), n[lo:], mean)
@@ -115,13 +123,13 @@ def show_biases(
 
 def _safe(s): return str(s).replace('$', r'\$')
 
-# %% ../nbs/11b_interpret.ipynb #c861f83b
+# %% ../nbs/11b_interpret.ipynb #dd3cacd5
 def _colors(v, color, df):
     "Values to colour the categories of a view by, and what they mean"
     if color is None: return None,''
     name,own = color if isinstance(color, str) else getattr(color, 'name', None) or '',dict(count=v.count, mean=v.mean, bias=v.bias)
     if isinstance(color, str) and df is not None and color in df.columns:
-        check_cols(df, column=v.col)
+        check_cols(df, column=v.col, color=color)
         color = df.dropna(subset=[color]).groupby(v.col, observed=True)[color].first()
         if not pd.api.types.is_numeric_dtype(color): color = color.astype(str).str.split('|').str[0]
     if isinstance(color, str):
@@ -129,18 +137,18 @@ def _colors(v, color, df):
                                                     f"{', '.join(repr(k) for k,o in own.items() if o is not None)}")
         return own[color],color
     if isinstance(color, (Mapping,pd.Series)):
-        got = pd.Series(color).reindex(pd.Index(v.ids))
+        got = _by_id(pd.Series(color)).reindex(pd.Index(v.ids))
         if got.isna().all(): raise ValueError(f"`color` knows none of the {len(v)} values of {v.col}, such as {v.ids[0]!r}")
         return got.to_numpy(),name
     if len(color)!=len(v): raise ValueError(f"`color` has {len(color)} values for {len(v)} of {v.col}")
     return np.asarray(color),name
 
-# %% ../nbs/11b_interpret.ipynb #6a71a440
+# %% ../nbs/11b_interpret.ipynb #418aa1e1
 def show_item_map(
     learn, # a learner, or a `CatView`
     col:str|None=None, # see `cat_view`
     *,
-    color=None, # column of `df`; a Series or dict by id; 'count', 'mean', 'bias'; or an array of a value for each category
+    color=None, # column of `df`; a Series or dict by id, whose first value counts; 'count', 'mean', 'bias'; or an array of a value for each category
     df:pd.DataFrame=None, # frame with the column `color`, such as the ratings themselves
     top:int|None=1000, # map the categories with most training rows; `None`: all of them
     n_labels:int=40, # most titles to write
@@ -159,8 +167,8 @@ def show_item_map(
         info = [f'{n:,} rows' + ('' if v.mean is None else f', mean {m:.2f}') + ('' if cs is None else f', {cname} {c}')
                 for n,m,c in zip(v.count[keep], keep if v.mean is None else v.mean[keep], keep if cs is None else cs)]
         map_page(html, xy, v.names[keep], cs, v.count[keep], title=f'{len(keep):,} of {v.col} by {method}', info=info, color_name=cname)
-    named = method=='pca' and min(v.table.shape)>1
-    axis_names = [f'axis {i+1} ({s:.0%} of the variance)' for i,s in enumerate(pca_axes(v.table[keep])[1])] if named else ('','')
+    share = pca_axes(v.table[keep], min(2, len(keep)-1, v.table.shape[1]))[1] if method=='pca' else ()
+    axis_names = [f'axis {i+1} ({s:.0%} of the variance)' for i,s in enumerate(share)]+['']*(2-len(share))
     return draw_map(xy, v.names[keep], cs, v.count[keep], n_labels=n_labels, color_name=cname, axis_names=axis_names, ax=ax)
 
 # %% ../nbs/11b_interpret.ipynb #6b0a6deb
@@ -207,9 +215,12 @@ def nearest(
     return pd.DataFrame({v.col:v.names[np.repeat(code, k)], 'rank':np.tile(np.arange(1, k+1), len(code)), 'near':v.names[o.reshape(-1)],
                          how:-val if how=='euclid' else val, 'count':v.count[o.reshape(-1)]})
 
-# %% ../nbs/11b_interpret.ipynb #bfffd53b
+# %% ../nbs/11b_interpret.ipynb #189a01c9
 def _preds(learn, ds_idx):
     "Predictions and targets, each (rows,) float64"
+    if len(learn.dls.loaders)<=ds_idx or not len(learn.dls.loaders[ds_idx].dataset):
+        raise ValueError(f"the learner has no {'validation' if ds_idx else 'training'} rows to predict: "
+                         + ("hold some out (`valid_pct` or `splitter`), or pass ds_idx=0 for the training rows" if ds_idx else "it was loaded without them"))
     with learn.no_bar(): p,y = learn.get_preds(ds_idx=ds_idx)[:2]
     if p.numel()!=y.numel(): raise ValueError(f"expected one number for each row, got predictions of shape {tuple(p.shape)} for targets {tuple(y.shape)}")
     return p.reshape(-1).double().cpu().numpy(),y.reshape(-1).double().cpu().numpy()
@@ -266,7 +277,7 @@ def error_by_count(
                             mean_rmse=g.base.mean()**.5, error=g.err.mean()))
     return res.reset_index(drop=True).rename_axis(col)
 
-# %% ../nbs/11b_interpret.ipynb #e995f739
+# %% ../nbs/11b_interpret.ipynb #6b249b0b
 def show_errors(
     learn, # a learner that predicts one number a row
     cols:Sequence|None=None, # columns to bin by; both user and item if `None`, or all the columns of a tabular learner
@@ -276,7 +287,7 @@ def show_errors(
     axs=None, # matplotlib axes, one for each column; new ones if `None`
 ): # array of the axes
     "Draw the error by how often the category of a row was seen in training, beside that of the category's mean"
-    cols = list(cols or learn.dls.cat_names)
+    cols = [cols] if isinstance(cols, str) else list(cols or learn.dls.cat_names)
     if axs is None: axs = plt.subplots(1, len(cols), figsize=(5*len(cols),3.4), sharey=True, squeeze=False, layout='constrained')[1][0]
     for ax,col in zip(axs, cols):
         e = error_by_count(learn, col, n_bins, ds_idx)
@@ -301,7 +312,7 @@ def _gradients(model, role, code, others):
         grad, = torch.autograd.grad(p.sum(), rows[0])
     return [o.detach().double().cpu().numpy() for o in (p.reshape(-1), grad, rows[0][0])]
 
-# %% ../nbs/11b_interpret.ipynb #cb7ee83f
+# %% ../nbs/11b_interpret.ipynb #4968b0c4
 def explain(
     learn, # a learner over users and items whose model has factors for both
     user, # the caller's id of the user
@@ -314,12 +325,16 @@ def explain(
     "Explain a prediction by the ratings it rests on (Hu, Koren & Volinsky 2008; leave-one-out of ridge regression)"
     dls,role = learn.dls,('items','users').index(check_choice(through, 'through', ('items','users')))
     names = list(dls.cat_names)
+    if k is not None: check_pos(k, 'k')
+    if reg is not None and not reg>=0: raise ValueError(f"`reg`={reg} should be at least 0")
     if not _roles(dls): raise ValueError(f"explain needs a learner over users and items, this one has the columns {', '.join([*names, *dls.cont_names])}")
+    check_fits(learn.model, dls)
     codes,where = list(cat_codes(dls).values()),[pd.Index(list(dls.classes[n])).get_indexer([o])[0] for n,o in zip(names, (user,item))]
     for n,o,c in zip(names, (user,item), where):
         if c<1: raise UnknownIdError(n, [o], 'without training rows there is nothing to explain')
     rows = np.flatnonzero(codes[role]==where[role])
     others = codes[1-role][rows]
+    if not len(rows): raise ValueError(f"there are no training rows of {names[role]} {(user,item)[role]!r} to explain by: explain needs the rows that the learner was trained on")
     p,phi,vec = _gradients(learn.model, role, int(where[role]), [*others,where[1-role]])
     phi,to,res = phi[:-1],phi[-1],_targets(dls)[rows]-p[:-1]
     floor = 1e-3*(phi**2).sum()/phi.shape[1]

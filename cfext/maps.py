@@ -32,7 +32,7 @@ def pca_axes(
     far = scores[np.abs(scores).round(9).argmax(0), range(n_axes)]
     return scores*np.where(far<0, -1, 1),(s**2/max((s**2).sum(), 1e-30))[:n_axes]
 
-# %% ../nbs/11a_maps.ipynb #9786ee33
+# %% ../nbs/11a_maps.ipynb #4d2c658a
 def project(
     table, # (n,f) array
     method:str='pca', # 'pca', 'tsne' (scikit-learn) or 'umap' (extra `umap`)
@@ -43,7 +43,8 @@ def project(
     check_choice(method, 'method', ('pca','tsne','umap'))
     if method=='pca':
         t = np.asarray(table, dtype=float)
-        return pca_axes(t if t.shape[1]>1 else np.c_[t,np.zeros(len(t))])[0]
+        xy = pca_axes(t, min(2, len(t)-1, t.shape[1]))[0]
+        return np.pad(xy, ((0,0),(0,2-xy.shape[1])))
     t = np.asarray(table, dtype=np.float32)
     if method=='umap': return np.asarray(import_extra('umap', 'umap').UMAP(random_state=seed, n_neighbors=min(15, len(t)-1)).fit_transform(t), float)
     from sklearn.manifold import TSNE

@@ -23,7 +23,7 @@ from .graph import *
 from .learner import *
 from .recommend import *
 
-# %% ../nbs/10b_newcomers.ipynb #f9fb40c1
+# %% ../nbs/10b_newcomers.ipynb #1c6b515c
 def _sides(model, role):
     "Rows [factors, bias] to be solved, the factors they meet, and the other side's bias, as tables of a dot product"
     if not isinstance(model, DotProduct) or type(model).score_items not in (DotProduct.score_items, DotProductBias.score_items):
@@ -74,7 +74,7 @@ def _ridge_block(H, c, r, keep, prior, y_range, n_steps):
         if step.abs().max()<1e-4: break
     return theta
 
-# %% ../nbs/10b_newcomers.ipynb #9e7e612e
+# %% ../nbs/10b_newcomers.ipynb #844527eb
 def ridge_rows(
     model:DotProduct, # a fitted dot product
     rows:Tensor, # (m,) long, which new row each rating is of, from 0
@@ -87,6 +87,7 @@ def ridge_rows(
     tile:int=1<<22, # numbers gathered at a time
 )->Tensor: # (n, d) rows [factors, bias], as many as `rows` names
     "Solve for the rows of newcomers, the other side held"
+    if prior.noise.isnan(): raise ValueError("`prior.noise`, the variance of a residual, is NaN: there were no training rows to estimate it from (load the learner with its rows, pass the `prior` of one that has them, or set it), or training has diverged")
     _,O,c = _sides(model, role)
     order = rows.argsort()
     others,ratings = others[order],ratings[order]
@@ -216,7 +217,7 @@ def _learner_like(learn, dls, model):
     return cf_learner(dls, model, loss_func=learn.loss_func, opt_func=learn.opt_func, lr=learn.lr, wd=learn.wd, unk_p=drop[0].p if drop else 0,
                       metrics=list(learn.metrics), path=learn.path, cbs=cbs)
 
-# %% ../nbs/10b_newcomers.ipynb #f27be390
+# %% ../nbs/10b_newcomers.ipynb #8f5eb99a
 def _codes(self, df, classes):
     "Codes (n,2) and ratings (n,) of rows"
     ds = self.dls.train_ds
@@ -252,7 +253,7 @@ def fold_in(self:CFLearner,
     dls,new = _with_rows(self.dls, classes, x, y),_bigger(model, role, len(classes[name])-len(ds.classes[name]))
     if how=='steps': _descend(self, new, dls, {role: x[:,j].unique()}, epochs, lr, seed)
     else:
-        prior = ifnone(prior, RowPrior(model, ds, role)) if how=='ridge' else None
+        prior = (prior or RowPrior(model, ds, role)) if how=='ridge' else None
         solved = torch.ones(getattr(new, f'n_{odd}s'), dtype=torch.bool, device=x.device)
         solved[0] = False
         _solve_rows(new, dls.train_ds, role, x[:,j].unique(), solved, prior, n_steps)

@@ -64,7 +64,7 @@ class Merger:
         "Return what was added so far, merged"
         return self._give()
 
-# %% ../nbs/08_preds.ipynb #d0f3cafa
+# %% ../nbs/08_preds.ipynb #e45229d9
 class GeoMerger(Merger):
     "Geometric mean; of distributions and probabilities made one again"
     def _into(self, p):
@@ -87,12 +87,12 @@ class RankMerger(Merger):
 
 class MaxMerger(Merger):
     "Maximum, made a distribution again where `kind` is 'softmax'"
-    def _take(self, p, w): self.acc = p if self.acc is None else torch.maximum(self.acc, p)
+    def _take(self, p, w): self.acc = p.clone() if self.acc is None else torch.maximum(self.acc, p)
     def _give(self): return self._norm(self.acc)
 
 class MedianMerger(Merger):
     "Median; the one that must keep all it is given"
-    def _take(self, p, w): self.acc = (self.acc or []) + [p]
+    def _take(self, p, w): self.acc = (self.acc or []) + [p.clone()]
     def _give(self):
         s,n = torch.stack(self.acc).sort(0)[0],len(self.acc)
         return self._norm((s[(n-1)//2]+s[n//2])/2)

@@ -187,9 +187,10 @@ def top_items(
         for _ in progress_bar(done, total=len(cuts), leave=False) if bar and len(cuts)>1 else done: pass
     return recs,vals
 
-# %% ../nbs/10_recommend.ipynb #1d6a8a70
+# %% ../nbs/10_recommend.ipynb #ae29162d
 def _as_index(ids):
     "One id or several as an Index"
+    if isinstance(ids, (pd.DataFrame,abc.Mapping)): raise TypeError(f"expected one id or several, got a {type(ids).__name__}: pass its column of ids, or a list")
     if isinstance(ids, (abc.Set,abc.ValuesView,abc.Iterator)): ids = list(ids)
     return pd.Index([plain(ids)] if np.ndim(ids)==0 else ids)
 
@@ -268,10 +269,11 @@ def mmr(
     order,ok = torch.cat(order, 1),torch.cat(ok, 1)
     return recs.gather(1, order).masked_fill(~ok, -1),scores.gather(1, order).masked_fill(~ok, -torch.inf)
 
-# %% ../nbs/10_recommend.ipynb #56c14529
+# %% ../nbs/10_recommend.ipynb #e74095b7
 def _lists(learn, ids, k, exclude_seen, candidates, exclude, unk, diversity, bar):
     "Codes and scores of the lists of users `ids`, and how many items may be listed"
     dls,unk = learn.dls,ifnone(unk, learn.dls.unk)
+    check_fits(learn.model, dls)
     codes = dls.encode_ids(ids, 'user', unk)
     cands,only = _allowed(dls, ids, candidates)
     pool = min(dls.n_items, max(10*k, 100)) if diversity else k
@@ -322,10 +324,11 @@ def recommend(self:CFLearner,
     res = _lists(self, ids, check_pos(k, 'k'), exclude_seen, candidates, exclude, unk, diversity, bar and hasattr(self, 'progress'))
     return lists_frame(self.dls, ids, *res)
 
-# %% ../nbs/10_recommend.ipynb #288a975e
+# %% ../nbs/10_recommend.ipynb #4a6a9de9
 def _nearest(learn, role, ids, k, tile=1<<24):
     "The `k` nearest of each of `ids` by the cosine of the factors, as a frame; a tile at a time"
     name,k = learn.dls.cat_names[role=='item'],check_pos(k, 'k')
+    check_fits(learn.model, learn.dls)
     ids = learn.dls.classes[name].ids if ids is None else _as_index(ids)
     codes,Q = known_codes(learn.dls, ids, role),F.normalize(_table(learn, role), dim=1)
     k,res = min(k, max(len(Q)-2, 0)),[]

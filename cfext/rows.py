@@ -66,7 +66,7 @@ def flush(self:RowAdam):
         p.mul_((state['total'][2]-state['sums'][:,2:]).exp().to(p.dtype))
         state['sums'][:,2] = state['total'][2]
 
-# %% ../nbs/05b_rows.ipynb #b4d3739b
+# %% ../nbs/05b_rows.ipynb #9870d9ab
 class SparseRows(Callback):
     "Let a model give sparse gradients while it is trained by `RowAdam`"
     def before_fit(self):
@@ -74,6 +74,12 @@ class SparseRows(Callback):
             raise TypeError(f"{type(self.model).__name__} has no attribute `sparse`, so it cannot give sparse gradients: use fastai's Adam, "
                             "or look rows up with F.embedding(ids, table, sparse=self.sparse) in it")
         if not isinstance(self.opt, RowAdam): raise TypeError(f"`SparseRows` goes with opt_func=RowAdam, not {type(self.opt).__name__}")
-        self.model.sparse = True
+    def before_epoch(self):
+        learn = self.learn
+        def train():
+            del learn._do_epoch_train
+            learn.model.sparse = self.learn is learn
+            try: learn._do_epoch_train()
+            finally: learn.model.sparse = False
+        learn._do_epoch_train = train # fastai tells callbacks nothing of an exception
     def after_train(self): self.opt.flush()
-    def after_fit(self): self.model.sparse = False

@@ -75,20 +75,25 @@ def seq_learner(
     if dls.carry: learn.add_cb(ModelResetter())
     return learn
 
-# %% ../nbs/15c_sequence.ipynb #a95b6acd
+# %% ../nbs/15c_sequence.ipynb #a554c0aa
 @patch
-def _encode(self:SeqLearner, seq, arg, unk='raise'):
-    "Codes (n,) long of a text or a list of symbols; unknown ones raise or are skipped"
+def _encode(self:SeqLearner, seq, arg, unk=None):
+    "Codes (n,) long of a text or a list of symbols; unknown ones raise or, where the caller may choose, are skipped"
     if isinstance(seq, str) and self.dls.hist is None: seq = text_tokens(seq, list(self.dls.classes)[0])
     if isinstance(seq, str) or not is_listy(seq) and not hasattr(seq, '__array__'):
         raise TypeError(f"`{arg}` should be a list of items, got {seq!r}")
     seq = list(seq)
     codes = self.dls.vocab.encode(seq) if seq else np.zeros(0, np.int32)
-    if (codes==0).any() and check_choice(unk, 'unk', ('raise','skip'))=='raise':
-        raise UnknownIdError('item' if self.dls.hist is not None else 'symbol', pd.unique(pd.Series(seq)[codes==0]).tolist(), "leave them out, or pass unk='skip'")
+    if (codes==0).any() and check_choice(unk or 'raise', 'unk', ('raise','skip'))=='raise':
+        raise UnknownIdError('item' if self.dls.hist is not None else 'symbol', pd.unique(pd.Series(seq)[codes==0]).tolist(), "leave them out"+(", or pass unk='skip'" if unk else ''))
     codes = codes[codes>0]
     if not len(codes): raise ValueError(f"`{arg}` holds nothing that the model knows: it needs at least one symbol to go on from")
     return torch.from_numpy(codes).long().to(self.dls.device)
+
+def _sound(scores):
+    "Scores that are numbers"
+    if scores.isnan().any(): raise ValueError("the model scores symbols with NaN: has training diverged?")
+    return scores
 
 @patch
 def next_scores(self:SeqLearner,
@@ -98,11 +103,11 @@ def next_scores(self:SeqLearner,
     last = (x>0).sum(1)-1
     with in_mode(self.model), torch.no_grad():
         h,_ = self.model.states(x)
-        s = self.model.score(h[torch.arange(len(x), device=x.device),last])
+        s = _sound(self.model.score(h[torch.arange(len(x), device=x.device),last]))
     s[:,0] = -math.inf
     return s
 
-# %% ../nbs/15c_sequence.ipynb #a028a23f
+# %% ../nbs/15c_sequence.ipynb #5ea2f55d
 def draw_next(
     scores:Tensor, # (n,n_vocab) scores
     temperature:float=1., # divides the scores; 0: the best one, without a draw
@@ -110,14 +115,16 @@ def draw_next(
     generator:torch.Generator|None=None, # of the draw
 )->Tensor: # (n,) long codes
     "Draw a symbol for each row in proportion to the softmax of its scores"
-    if temperature<0: raise ValueError(f"`temperature`={temperature} should be 0 or above")
+    try: ok = 0<=temperature<math.inf
+    except TypeError: ok = False
+    if not ok: raise ValueError(f"`temperature`={temperature!r} should be a number, 0 or above")
     if temperature==0: return scores.argmax(1)
     if top_k is not None:
         least = scores.topk(min(check_pos(top_k, 'top_k'), scores.shape[1]), 1).values[:,-1:]
         scores = scores.masked_fill(scores<least, -math.inf)
-    return torch.multinomial((scores/temperature).softmax(1), 1, generator=generator)[:,0]
+    return torch.multinomial((scores/max(temperature, 1e-30)).softmax(1), 1, generator=generator)[:,0]
 
-# %% ../nbs/15c_sequence.ipynb #48c466f6
+# %% ../nbs/15c_sequence.ipynb #a0521e5f
 @patch
 def generate(self:SeqLearner,
     prompt, # a text, or a list of symbols or items, to go on from
@@ -135,7 +142,7 @@ def generate(self:SeqLearner,
     with in_mode(model), torch.no_grad():
         for _ in range(n):
             h,state = model.states(new[None], state if self.dls.carry else None)
-            s = model.score(h[:,-1])
+            s = _sound(model.score(h[:,-1]))
             s[:,0] = -math.inf
             new = draw_next(s, temperature, top_k, g)
             x = torch.cat([x, new])
@@ -143,7 +150,12 @@ def generate(self:SeqLearner,
     out = self.dls.vocab.decode(x).tolist()
     return out if self.dls.hist is not None else self.dls.dataset.sep.join(out)
 
-# %% ../nbs/15c_sequence.ipynb #627fcc1e
+# %% ../nbs/15c_sequence.ipynb #16aab08c
+def _need_histories(dls, instead):
+    "Raise where there are no users to answer for; `instead` is what a text has"
+    if dls.hist is None: raise ValueError(f"a text has no users: {instead}")
+    if len(dls.hist)<2: raise ValueError("the learner was loaded without its users' histories: use `recommend_next(history)`, or give it loaders of the same rows, `learn.dls = dls`")
+
 @patch
 def next_ranks(self:SeqLearner,
     part:str='test', # 'valid' or 'test'
@@ -152,7 +164,7 @@ def next_ranks(self:SeqLearner,
     seed:int=42, # of the random items
 )->Tensor: # (n,) float ranks of the held-out items, 0 = first
     "Rank the held-out item of each user among the catalogue"
-    if self.dls.hist is None: raise ValueError("a text has no users: `validate()` gives its loss")
+    _need_histories(self.dls, "`validate()` gives its loss")
     dl = self.dls[{'valid':1,'test':2}[check_choice(part, 'part', ('valid','test'))]]
     ds,hist,res = dl.dataset,self.dls.hist,[]
     if not len(ds): raise ValueError(f"no history has the three items that `{part}` needs")
@@ -188,13 +200,14 @@ def evaluate(self:SeqLearner,
     ranked = f'all {self.dls.n_vocab-1} items' + (' but seen ones' if drop_seen else '') if n_sampled is None else f'{n_sampled} sampled items'
     return {**rank_metrics(r, k), 'n':len(r), 'ranked':ranked}
 
-# %% ../nbs/15c_sequence.ipynb #9571fc38
+# %% ../nbs/15c_sequence.ipynb #3997fe8f
 class MostPopular(SeqModel):
     "Score every history alike, by how often each item occurs in training"
     def __init__(self,
         dls:SeqDataLoaders, # whose training rows are counted
     ):
         super().__init__(dls.n_vocab, 1)
+        if not len(dls.train.dataset): raise ValueError("the loaders hold no training rows to count: a learner's export brings none, make them anew with `from_df`")
         counts = torch.zeros(dls.n_vocab)
         for rows in torch.arange(len(dls.train.dataset)).split(1024):
             x,y = dls.train.dataset.cut(rows)
@@ -203,7 +216,7 @@ class MostPopular(SeqModel):
         with torch.no_grad(): self.head.bias.copy_((counts+1e-3).log())
     def states(self, x, state=None): return torch.zeros(*x.shape, 1, device=x.device),None
 
-# %% ../nbs/15c_sequence.ipynb #abcd9ae2
+# %% ../nbs/15c_sequence.ipynb #a4097c87
 def _top_frame(scores, k, vocab, head):
     "The best `k` finite scores of each row as a frame; `head` is {column: one value a row}"
     k = min(check_pos(k, 'k'), scores.shape[1])
@@ -220,7 +233,7 @@ def recommend(self:SeqLearner,
 )->pd.DataFrame: # user, item, score (not normalised), rank from 1; up to k rows a user
     "Recommend the next items to users, given all that they have"
     dls = self.dls
-    if dls.hist is None: raise ValueError("a text has no users: use `generate`, or `recommend_next(history)`")
+    _need_histories(dls, "use `generate`, or `recommend_next(history)`")
     users = [users] if isinstance(users, str) or not is_iter(users) else list(users)
     codes = dls.classes[dls.user_name].encode(users)
     if (codes==0).any(): raise UnknownIdError('user', np.asarray(users, dtype=object)[codes==0].tolist(), "use `recommend_next(history)` for them")

@@ -21,7 +21,7 @@ from .graph import *
 from .learner import *
 from .newcomers import _learner_like
 
-# %% ../nbs/10d_sides.ipynb #a833a59e
+# %% ../nbs/10d_sides.ipynb #cc99bad0
 def _bags(col, sep):
     "The categories of each cell, as lists; a missing cell is an empty one"
     def bag(o):
@@ -40,6 +40,7 @@ def fit_sides(
     check_cols(df, id_name=id_name)
     sep,res = sep or {},[]
     for c in [*cats,*sep]: check_cols(df, cats=c)
+    for c in df.columns: check_cols(df, feature=c)
     for c in df.columns.drop(id_name):
         if c in cats or c in sep or not is_numeric_dtype(df[c]) or is_bool_dtype(df[c]):
             bags = _bags(df[c], sep.get(c))

@@ -136,6 +136,34 @@ def test_spoiled_bundles(tmp_path):
     with pytest.raises(BundleError, match='is a file; expected a folder'): learn.save_bundle(tmp_path/'f')
     with pytest.raises(BundleError, match="f is a file; expected the bundle's folder, as"): load_bundle(tmp_path/'f')
 
+def test_a_manifest_that_lacks_something_or_holds_the_wrong_kind(tmp_path):
+    "Whatever is done to an entry of `bundle.json`, a `BundleError` names it, or the learner loads"
+    f = make().save_bundle(tmp_path/'b')/'bundle.json'
+    good = json.loads(f.read_text())
+    def load(change):
+        d = json.loads(json.dumps(good))
+        change(d)
+        f.write_text(json.dumps(d))
+        return load_bundle(tmp_path/'b', device='cpu')
+    load(lambda d: None)
+    inside = lambda d,at: d if not at else inside(d[at[0]], at[1:])
+    places = [(),('files',),('files','ids'),('files','tensors'),('model',)]
+    for at in places:
+        for k in inside(good, at):
+            with pytest.raises(BundleError, match='is not the manifest' if k=='kind' else f'lacks {k}'): load(lambda d: inside(d, at).pop(k))
+            for v in (None,'x',3,-1,.5,[],{},['x']):
+                if type(v) is type(inside(good, at)[k]) or (k,v)==('rating_name',None) or (k,type(v)) in (('rating_name',str),('unk_p',float)): continue
+                if k in ('rating_name','config') and (k=='rating_name' and isinstance(v, (int,float)) or v is None): continue
+                with pytest.raises(BundleError): load(lambda d: inside(d, at).update({k:v}))
+    for change,msg in ((dict(unk='all'), "`unk`='all' is not one of"), (dict(unk_p=3), '`p`=3 should be a probability'), (dict(bs=0), '`bs`=0 should be'),
+                       (dict(user_name='usr'), "is not of the columns 'usr' and 'title'"), (dict(loss_args=dict(far=1)), "MSELoss does not take `loss_args`={'far': 1}"),
+                       (dict(loss='Odd'), 'was trained with Odd'), (dict(negatives=3), 'does not take 3')):
+        with pytest.raises(BundleError, match=msg): load(lambda d: d.update(change))
+    for change in (dict(n_users=5), dict(far=5), dict(y_range='x')):
+        with pytest.raises(BundleError, match='do not make a DotProductBias of its arguments'): load(lambda d: d['model']['config'].update(change))
+    with pytest.raises(BundleError, match='do not make a DotProductBias'): load(lambda d: d['model']['config'].pop('n_users'))
+    with pytest.raises(BundleError, match='do not make a DotProductBias'): load(lambda d: d['model'].update(config=None))
+
 def test_a_name_in_the_manifest_cannot_leave_the_folder(tmp_path):
     make().save_bundle(tmp_path/'b')
     f = tmp_path/'b'/'bundle.json'

@@ -77,6 +77,24 @@ def test_as_a_command(fitted):
     exe = Path(sys.executable).parent/'cfext'
     r = subprocess.run([exe, 'recommend', str(fitted/'out'), '--user', '7', '-k', '2'], capture_output=True, text=True)
     assert r.returncode==0 and len(r.stdout.splitlines())==3, r.stderr
+    m = subprocess.run([sys.executable, '-m', 'cfext.cli', 'recommend', str(fitted/'out'), '--user', '7', '-k', '2'], capture_output=True, text=True)
+    assert (m.returncode,m.stdout)==(0,r.stdout), m.stderr
+    m = subprocess.run([sys.executable, '-m', 'cfext.cli', 'recommend', '/nowhere'], capture_output=True, text=True)
+    assert m.returncode==2 and m.stderr.splitlines()[-1].startswith('cfext recommend: ') and 'RuntimeWarning' not in m.stderr
+
+def test_unknown_ids_and_a_bundle_without_rows(fitted, tmp_path, capsys):
+    "What is advised are options of the command"
+    from cfext import load_bundle
+    bare = load_bundle(fitted/'out').save_bundle(tmp_path/'bare', history=False)
+    for cmd,role,odd in (('recommend','user','100000'),('similar','item','Nowhere')):
+        assert main([cmd, str(fitted/'out'), f'--{role}', odd])==2
+        err = capsys.readouterr().err
+        assert f'--{role} takes' in err and 'unk=' not in err and len(err.splitlines())==1
+        assert main([cmd, str(bare)])==2
+        assert 'without its rows' in (err := capsys.readouterr().err) and f'--{role}' in err
+    assert main(['evaluate', str(bare)])==2 and '--valid-pct' in capsys.readouterr().err
+    for cmd in ('evaluate','recommend','similar'): assert main([cmd, '/nowhere'])==2 and '`cfext fit DATA --out /nowhere` writes one' in capsys.readouterr().err
+    assert main(['recommend', str(bare), '--user', '7'])==0
 
 def test_nothing_held_out_and_a_fit_that_diverges(tmp_path, capsys):
     "Everything is written without held-out rows; a diverged fit leaves what was there"

@@ -256,3 +256,54 @@ def test_ordered_categories_are_times_in_their_order():
     months = ['Jan','Feb','Mar','Apr']
     when = pd.Categorical(months*10, categories=months, ordered=True)
     assert set(when[TimeSplitter(0.25)(pd.DataFrame(dict(timestamp=when)))[1]])=={'Apr'}
+
+def test_splitters_may_give_masks(df):
+    "Masks of the frame's length, of any dtype, are the rows they mark; anything else that is no row number is refused"
+    early = df.timestamp<df.timestamp.quantile(.7)
+    want = rows_of(loaders(df, splitter=lambda o: (np.flatnonzero(early),np.flatnonzero(~early))).train_ds)
+    for mask in (early, early.to_numpy(), early.tolist(), early.astype('boolean'), early.astype('bool[pyarrow]'), early.astype('boolean').array, torch.tensor(early.to_numpy())):
+        flip = [not bool(o) for o in mask]
+        dls = loaders(df, splitter=lambda o: (mask,flip))
+        assert rows_of(dls.train_ds)==want and len(dls.valid_ds)==int((~early).sum())
+    some = early.astype('boolean').where(df.index%9>0)
+    dls = loaders(df, splitter=lambda o: (some,~some))
+    assert len(dls.train_ds)+len(dls.valid_ds)==int((df.index%9>0).sum())
+    with pytest.raises(ValueError, match='a mask of 900 rows for a frame of'): loaders(df[:200], splitter=lambda o: (early,~early))
+    with pytest.raises(ValueError, match='rows 1 to 900 of a frame of 900'): loaders(df.set_index(df.index+1), splitter=lambda o: (o.index,[]))
+    assert len(loaders(df, splitter=lambda o: (range(900),[])).valid_ds)==0
+    for odd,err,msg in ((early,ValueError,'it gave 900'), (None,ValueError,'it gave 1'), (df,ValueError,'it gave 1'), (([1,2],),ValueError,'it gave 1'), (([0],[1],[2]),ValueError,'it gave 3'),
+                        (([1.5],[2]),TypeError,'expected row numbers or a mask'), ((['a'],[2]),TypeError,'expected row numbers'), ((early,None),TypeError,"gives 'None' for a part"), (([[0,1]],[2]),TypeError,'expected row numbers')):
+        with pytest.raises(err, match=msg): loaders(df, splitter=lambda o: odd)
+    for same in (([0.,1,2],[3.]), iter([[0,1,2],[3]]), np.array([[0,1],[2,3]]), (pd.Series([0,1,2], dtype='Int64'),pd.Index([3])), (torch.arange(3),torch.tensor([3]))):
+        assert 2<=len(loaders(df, splitter=lambda o: same).train_ds)<=3
+
+def test_names_that_occur_twice(df):
+    "A column of the frame's index does not disturb; two columns of one name are refused wherever they would be read"
+    again = pd.concat([df, df[:5].assign(rating=1.)])
+    want = rows_of(loaders(again, valid_pct=0, dups='mean').train_ds)
+    for c in ('user','title','rating'): assert rows_of(loaders(again.set_index(c, drop=False), valid_pct=0, dups='mean').train_ds)==want
+    for kind in (str,'category'): assert rows_of(loaders(again.assign(rating=again.rating.astype(kind)), valid_pct=0, dups='mean').train_ds)==want
+    for dups in ('keep','mean'):
+        with pytest.raises(TypeError, match='should hold numbers'): loaders(again.assign(rating='good'), dups=dups)
+    twice = lambda c: pd.concat([df, df[[c]]], axis=1)
+    for c,role in (('user','user'),('item','item'),('rating','rating')):
+        with pytest.raises(ValueError, match=f"`{role}_name`='{c}' names 2 columns"): loaders(twice(c))
+    with pytest.raises(ValueError, match="`weight_name`='w' names 2"): loaders(pd.concat([df.assign(w=1.), df[['user']].set_axis(['w'], axis=1)], axis=1), weight_name='w')
+    for c in ('user','item','timestamp'):
+        with pytest.raises(ValueError, match='names 2 columns'): SeqDataLoaders.from_df(twice(c), device='cpu')
+    with pytest.raises(ValueError, match='names 2 columns'): TimeSplitter()(twice('timestamp'))
+    for f in (LastNSplitter(),ColdUserSplitter()):
+        with pytest.raises(ValueError, match='names 2 columns'): f(twice('user'))
+    with pytest.raises(ValueError, match='names 2 columns'): fold_rows(twice('rating'), 3, 'stratified')
+    learn = cf_learner(loaders(df), n_factors=4)
+    with pytest.raises(ValueError, match='names 2 columns'): learn.predict(twice('item')[:3])
+    with pytest.raises(ValueError, match='names 2 columns'): learn.fold_in(twice('rating')[:3].assign(user=999))
+    assert len(loaders(twice('title')).train_ds)==len(loaders(df).train_ds)
+
+def test_values_that_are_no_number_or_choice_at_all(df):
+    "A frame or a list in the place of a number or a word is told in a line"
+    from cfext.core import check_choice,check_pos
+    for val in (df,df.user,df.user.to_numpy(),list(df.user),torch.arange(900),dict.fromkeys(df.title)):
+        for f in (lambda: check_pos(val, 'k'), lambda: check_choice(val, 'how', ('a','b')), lambda: check_choice(val, 'how', dict(a=1))):
+            with pytest.raises(ValueError, match=f'`(k|how)`=<an? {type(val).__name__}>') as e: f()
+            assert len(str(e.value))<120

@@ -221,6 +221,9 @@ def test_spoiled_folds(df, tmp_path):
     for change in (dict(k=3), dict(seed=1), dict(tag='other')):
         with pytest.raises(ValueError, match='holds folds of another'): fit_folds(make, df, path=tmp_path, **{'k':2, **change})
     with pytest.raises(ValueError, match='holds folds of another frame'): fit_folds(make, df.assign(rating=df.rating+1), k=2, path=tmp_path)
+    for text in ('{"frame": ', '3', '["k"]'):
+        (tmp_path/'folds.json').write_text(text)
+        with pytest.raises(ValueError, match='folds.json is not readable .* delete that folder'): fit_folds(make, df, k=2, path=tmp_path)
 
 def test_folds_that_cannot_be(df):
     with pytest.raises(ValueError, match='`k`=1001 folds of 1000 rows'): fit_folds(make, df, k=1001)

@@ -246,6 +246,19 @@ def test_unknown_and_missing(learn, train, test):
     assert np.array_equal(got[2], learned.model.embeds[0].weight[0].detach().numpy())  # missing was trained on, so it has a meaning
     assert not np.array_equal(got[1], got[2])
 
+@pytest.mark.parametrize('form', ['aligned','free'])
+def test_tables_of_a_diverged_fit_are_refused(train, form):
+    X,y,good = train[['store','day']],train.y,means(train[['store','day','y']], target='y')
+    def diverged(df, bias=False):
+        t = means(df, target='y')
+        factors,b = t['store'].factors.copy(),np.zeros(len(t['store'].factors), 'float32')
+        (b if bias else factors)[3] = np.nan if bias else np.inf
+        return {**t, 'store':EmbTable(t['store'].keys, factors, b, t['store'].counts)}
+    for source in (diverged, partial(diverged, bias=True), diverged(train[['store','day','y']])):
+        with pytest.raises(ValueError, match="embedding of 'store' holds NaN or infinite numbers in 1 of 31 rows: has the learner's training diverged"):
+            EmbeddingFeatures(source, form=form, cv=None).fit(X.assign(y=y))
+    EmbeddingFeatures(good, form=form, cv=None).fit(X)
+
 def test_flags_of_fill_missing(train):
     gaps = train.assign(promo=train.promo.where(np.arange(len(train))%7!=3))
     learn = fit_net(gaps, epochs=1, procs=(Categorify,FillMissing,Normalize), szs=dict(store=4, day=3, promo_na=1))
@@ -281,8 +294,11 @@ def test_folds_of_ones_own(train):
     assert len(store.drop_duplicates())==3  # a store is never in its own training rows: each fold's unknown
     with pytest.raises(ValueError, match='250 of 1500 rows out never or more than once|rows out never'):
         EmbeddingFeatures(partial(means, target='y'), cv=TimeSeriesSplit(5)).fit_transform(X, y)
+    with pytest.raises(ValueError, match=r'GroupKFold asks for groups, .* cv=list\(GroupKFold\(...\).split\(X, y, groups\)\)'):
+        EmbeddingFeatures(partial(means, target='y'), cv=GroupKFold(3)).fit_transform(X, y)
     with pytest.raises(ValueError, match='cv=5 folds need at least 5 rows, got n_samples=3: lower `cv`'):
         EmbeddingFeatures(partial(means, target='y')).fit_transform(X[:3], y[:3])
+    with pytest.raises(ValueError, match='`cv` gives no folds'): EmbeddingFeatures(partial(means, target='y'), cv=[]).fit_transform(X, y)
     with pytest.raises(ValueError, match="`cv`=1 should be a whole number of at least 2"):
         EmbeddingFeatures(partial(means, target='y'), cv=1).fit_transform(X, y)
 

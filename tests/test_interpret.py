@@ -7,12 +7,16 @@ from torch import nn
 from fastai.collab import CollabDataLoaders,collab_learner
 from fastai.tabular.all import Categorify,CategoryBlock,Normalize,TabularDataLoaders,tabular_learner
 from cfext.core import UnknownIdError
+from cfext.bundle import load_bundle
+from cfext.closed import EASE,IALS,ItemKNN
 from cfext.data import CFDataLoaders
+from cfext.embed import emb_report,plot_spectrum,shrink_curve
 from cfext.interpret import *
 import cfext.interpret as interpret,cfext.maps as maps
 from cfext.learner import cf_learner
 from cfext.maps import *
 from cfext.models import CollabNN,DotProduct,DotProductBias
+from cfext.newcomers import RowPrior
 from cfext.sources import synth_ratings,read_ratings
 
 ratings,truth = synth_ratings(70, 50, 1600, with_truth=True)
@@ -267,6 +271,8 @@ def test_bad_input(learn, shop, dls):
              (ValueError, '`top`=1', lambda: show_item_map(learn, top=1)),
              (ValueError, 'explain needs a learner over users and items|no factors of users and items', lambda: explain(shop, 1, 2)),
              (UnknownIdError, 'Nosferatu', lambda: explain(learn, cat_view(learn, 'user').ids[0], 'Nosferatu')),
+             (ValueError, "`k`=-1", lambda: explain(learn, 1, 2, k=-1)), (ValueError, '`reg`=-1', lambda: explain(learn, 1, 2, reg=-1)),
+             (TypeError, '`titles` should be .* got str', lambda: cat_view(learn, titles='title')), (TypeError, 'got DataFrame', lambda: cat_view(learn, titles=ratings)),
              (ValueError, "`through`='genres'", lambda: explain(learn, 1, 2, through='genres'))]
     for err,match,f in cases:
         with pytest.raises(err, match=match): f()
@@ -277,6 +283,52 @@ def test_bad_input(learn, shop, dls):
     for f in (show_item_map, biases, describe_axes):
         with pytest.raises(ValueError, match='no embedding tables'): f(bare)
     with pytest.raises(ValueError, match='no factors'): explain(bare, cat_view(learn, 'user').ids[0], cat_view(learn).ids[0])
+
+def test_one_column_of_errors(learn): assert [ax.get_xlabel() for ax in show_errors(learn, 'user')]==['training rows of the user']
+
+def test_series_that_repeat_an_id(learn):
+    "The first value that there is counts, as with a frame"
+    by_title = ratings.set_index('title')
+    ax,want = (show_item_map(learn, color=c, df=d) for c,d in ((by_title.genre,None),('genre',ratings)))
+    assert ax.collections[0].get_facecolors().tolist()==want.collections[0].get_facecolors().tolist()
+    v = cat_view(learn, 'user')
+    some = pd.Series(['a','b',None,'c'], index=[v.ids[2],v.ids[2],v.ids[5],v.ids[5]])
+    named = cat_view(learn, 'user', titles=some)
+    assert named.names[[2,5,6]].tolist()==['a','c',v.ids[6]] and all(not isinstance(o, pd.Series) for o in named.names)
+    with pytest.raises(ValueError, match="`color`='genre' names 2 columns"): show_item_map(learn, color='genre', df=pd.concat([ratings,ratings[['genre']]], axis=1))
+
+@pytest.mark.parametrize('method', ['pca','tsne'])
+@pytest.mark.parametrize('top', [2,3])
+def test_map_of_a_few_points(learn, tmp_path, top, method):
+    ax = show_item_map(learn, top=top, method=method, html=tmp_path/'m.html', color='count')
+    assert len(ax.collections[0].get_offsets())==top and 1<=len(ax.texts)<=top
+    if method=='pca': assert ax.get_xlabel().startswith('axis 1 (') and ax.get_ylabel().startswith('axis 2 (')==(top>2)
+    xy = project([[0,3.],[4,0]])
+    assert xy.shape==(2,2) and np.isclose(np.abs(np.diff(xy, axis=0)), [[5,0]]).all()
+
+def test_learners_without_rows(learn, dls, tmp_path):
+    "What needs rows says so; what does not goes on"
+    none = fit(cf_learner(CFDataLoaders.from_df(ratings, item_name='title', valid_pct=0, bs=32, device='cpu'), n_factors=4), 1)
+    bare = load_bundle(learn.save_bundle(tmp_path/'b', history=False), device='cpu')
+    for f in (show_preds, show_errors, error_by_count):
+        with pytest.raises(ValueError, match='has no validation rows to predict: hold some out .* ds_idx=0'): f(none)
+        f(none, ds_idx=0)
+        with pytest.raises(ValueError, match='has no training rows to predict: it was loaded without'): f(bare, ds_idx=0)
+    u,i = cat_view(learn, 'user').ids[3],cat_view(learn).ids[4]
+    with pytest.raises(ValueError, match=f"no training rows of user {u!r} to explain by"): explain(bare, u, i)
+    with pytest.raises(ValueError, match="no training rows of title '.*' to explain by"): explain(bare, u, i, through='users')
+    with pytest.raises(ValueError, match='no training rows to estimate it from'): bare.fold_in(ratings[:5].assign(user=999))
+    with pytest.raises(ValueError, match='no training rows to estimate it from'): bare.partial_fit(ratings[:5].assign(user=999))
+    prior = RowPrior(learn.model, dls.train_ds)
+    rows = ratings[:5].assign(user=999)
+    torch.testing.assert_close(bare.fold_in(rows, prior=prior).model.user_factors[-1], learn.fold_in(rows).model.user_factors[-1])
+    for solve in (EASE,ItemKNN,IALS):
+        with pytest.raises(ValueError, match='no training rows to solve from'): solve(bare.dls)
+    for l in (bare,none):
+        with pytest.raises(ValueError, match='no validation rows to measure'): shrink_curve(l, [3])
+    rep,full = emb_report(bare, plot=False),emb_report(learn, plot=False)
+    assert rep.effective.isna().all() and (rep['width']==full['width']).all() and rep['rank'].between(1, 6).all()
+    assert len(plot_spectrum(bare).lines)==2 and len(nearest(bare, i, 3))==3
 
 def test_classifier_is_refused_by_error_plots(dls):
     df = ratings.assign(good=ratings.rating>3, x=np.cos(ratings.timestamp))

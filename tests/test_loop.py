@@ -1,5 +1,6 @@
 "The lean and the captured loop against fastai's: every loss, every learning rate, every parameter"
 from functools import partial
+from itertools import product
 
 import pandas as pd,pytest,torch
 from torch import nn
@@ -382,9 +383,19 @@ def test_row_adam(tmp_path):
         def stop(*args): raise KeyboardInterrupt
         learn.loss_func = stop
         with pytest.raises(KeyboardInterrupt): learn.fit(1, 0.01)
+        assert not learn.model.sparse and '_do_epoch_train' not in vars(learn)
         learn.loss_func = MSELossFlat()
         learn.fit(1, 0.01) # goes on after an interruption
         assert not learn.model.sparse
+        class Stop(Callback):
+            def __init__(self, when): setattr(self, when, lambda: stop())
+        for when,fast in product(('before_epoch','before_train','after_train','before_validate','after_epoch','before_step'), (None,False)):
+            learn.fast = fast
+            with pytest.raises(KeyboardInterrupt): learn.fit(1, 0.01, cbs=Stop(when))
+            assert not learn.model.sparse
+            Learner(learn.dls, learn.model, loss_func=MSELossFlat(), opt_func=Adam).fit(1, 0.01) # dense gradients
+            learn.fit(1, 0.01)
+            assert '_do_epoch_train' not in vars(learn)
     with pytest.raises(TypeError, match='has no attribute `sparse`'): cf_learner(learn.dls, 'nn', y_range=(0,5), opt_func=RowAdam).fit(1)
 
 def test_rows_that_stay_in_host_memory():

@@ -33,6 +33,19 @@ same = lambda a,b,**kw: np.testing.assert_allclose(np.asarray(a), np.asarray(b),
 @pytest.mark.parametrize('method', naive_soft)
 def test_mergers_of_distributions(method): same(merge_preds(P, method, kind='softmax'), naive_soft[method](P))
 
+@pytest.mark.parametrize('method', mergers)
+@pytest.mark.parametrize('kind', ['plain','softmax','sigmoid'])
+def test_what_comes_in_is_not_what_goes_out(method, kind):
+    "The result is a tensor of its own, and a buffer that is written to again does not change what was added"
+    if method=='sharpen' and kind=='plain': return
+    a = torch.as_tensor(P[0]).clone()
+    for one in (a, a.numpy()):
+        out,was = merge_preds([one], method, kind=kind),a.clone()
+        out.zero_()
+        assert torch.equal(a, was)
+    buf = torch.empty_like(a)
+    same(merge_preds((buf.copy_(torch.as_tensor(p)) for p in P), method, kind=kind), merge_preds(P, method, kind=kind).numpy())
+
 @pytest.mark.parametrize('method', naive_sig)
 def test_mergers_of_probabilities(method): same(merge_preds(B, method, kind='sigmoid'), naive_sig[method](B))
 

@@ -288,3 +288,25 @@ def test_lists_draw_no_random_numbers():
     before = torch.get_rng_state()
     learn.recommend(None, k=2)
     assert torch.equal(before, torch.get_rng_state())
+
+def test_loaders_of_another_size_are_refused(tmp_path):
+    "More ids than rows end in no index error from deep inside, fewer in no answer for somebody else"
+    make = lambda n,m,k: CFDataLoaders.from_df(synth_ratings(n, m, k, seed=2), seed=1, device='cpu')
+    learn,dls = cf_learner(make(60, 40, 1000), n_factors=5, seed=1),make(60, 40, 1000)
+    for other,msg in ((make(90, 40, 1500),'made for 60 users, the loaders know 90'),(make(60, 20, 500),'made for 40 items, the loaders know 20')):
+        learn.dls = other
+        u,i = (other.classes[c].ids[-1] for c in ('user','item'))
+        for f in (lambda: learn.recommend(u), lambda: learn.recommend(unk='mean'), lambda: learn.similar_items(i), lambda: learn.similar_users(u), lambda: learn.cat_view(),
+                  lambda: learn.biases(), lambda: learn.nearest(i), lambda: learn.explain(u, i), lambda: learn.save_bundle(tmp_path/'b'), learn.evaluate):
+            with pytest.raises(ValueError, match=msg): f()
+        assert not (tmp_path/'b').exists()
+    learn.dls = dls
+    assert len(learn.recommend(dls.classes['user'].ids[-1], k=3))==3
+
+def test_a_frame_or_a_dict_is_no_list_of_ids():
+    df = synth_ratings(60, 40, 1000)
+    learn = cf_learner(CFDataLoaders.from_df(df, device='cpu'), n_factors=4)
+    for odd in (df[:3],{7:1}):
+        for f in (learn.recommend,learn.similar_items,learn.similar_users):
+            with pytest.raises(TypeError, match=f'one id or several, got a {type(odd).__name__}: pass its column'): f(odd)
+    assert learn.recommend(df.user[:3], k=2).user.nunique()==df.user[:3].nunique()

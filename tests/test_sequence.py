@@ -284,6 +284,35 @@ def test_mode_and_state_are_left_as_they_were():
     with pytest.raises(ValueError): learn.generate('abc', 4, temperature=-1)
     assert learn.model.training
 
+def test_temperatures():
+    "Any number from 0 is one, however small; nothing else is"
+    s = torch.tensor([[0.,3,1,2.9999],[5,4,-math.inf,3]])
+    for t in (0,-0.,1e-300,1e-38,1e-9): eq(draw_next(s, temperature=t).tolist(), [1,0])
+    assert len(set(draw_next(s[:1].expand(200, -1), temperature=1e30, generator=torch.Generator().manual_seed(0)).tolist()))==4
+    for t in (math.nan,math.inf,-1,-1e-9,'hot',None):
+        with pytest.raises(ValueError, match='`temperature`=.* should be a number, 0 or above'): draw_next(s, temperature=t)
+
+def test_what_is_advised_can_be_done(tmp_path):
+    "A loaded learner without its rows, a diverged one, and unknown symbols where nothing can be skipped"
+    df = visits()
+    dls = SeqDataLoaders.from_df(df, bs=3, seed=1)
+    learn = seq_learner(dls, 'gru', config=dict(n_factors=5,n_hidden=6), seed=0, path=tmp_path)
+    learn.export('next.pkl')
+    again,user = load_learner(tmp_path/'next.pkl'),df.user.iloc[0]
+    for f in (lambda: again.recommend(user), lambda: again.next_ranks(), lambda: again.evaluate('valid')):
+        with pytest.raises(ValueError, match=r"without its users' histories: use `recommend_next\(history\)`, or .* `learn.dls = dls`"): f()
+    with pytest.raises(ValueError, match='no training rows to count'): MostPopular(again.dls)
+    pd.testing.assert_frame_equal(again.recommend_next([10,20], 3), learn.recommend_next([10,20], 3))
+    again.dls = dls
+    pd.testing.assert_frame_equal(again.recommend(user, 3), learn.recommend(user, 3))
+    eq(again.evaluate(), learn.evaluate())
+    for f,skips in ((learn.generate,False),(learn.similar_items,False),(learn.predict,True),(learn.recommend_next,True)):
+        with pytest.raises(KeyError) as e: f([10,999])
+        eq("unk='skip'" in str(e.value), skips)
+    with torch.no_grad(): learn.model.head.bias.fill_(math.nan)
+    for f in (lambda: learn.recommend(user), lambda: learn.recommend_next([10]), lambda: learn.predict([10]), lambda: learn.generate([10], 3), lambda: learn.evaluate()):
+        with pytest.raises(ValueError, match='NaN: has training diverged'): f()
+
 def test_export_and_load(tmp_path):
     dls = SeqDataLoaders.from_df(visits(60), max_len=5, bs=3)
     learn = seq_learner(dls, 'sasrec', config=dict(n_factors=4), path=tmp_path)

@@ -22,6 +22,8 @@ def test_encoding_against_a_loop():
 def test_bad_input():
     with pytest.raises(ValueError, match="'year' holds 1 infinite"): fit_sides(films.assign(year=[1,2,3,np.inf]), 'item')
     with pytest.raises(ValueError, match='`cats`=.sort. is not a column'): fit_sides(films, 'item', cats=['sort'])
+    for c,arg in (('year','feature'),('item','id_name')):
+        with pytest.raises(ValueError, match=f"`{arg}`='{c}' names 2 columns"): fit_sides(pd.concat([films,films[[c]]], axis=1), 'item')
     spec = fit_sides(films, 'item')
     with pytest.raises(ValueError, match="1 ids have more than one row of features .first: 3."): encode_sides(spec, pd.concat([films,films[:1]]), 'item', pd.Index([3]))
     with pytest.raises(ValueError, match='is not a column'): encode_sides(spec, films.drop(columns='year'), 'item', pd.Index([3]))
