@@ -29,6 +29,7 @@ class FarTensor(torch.Tensor):
     def numpy(self): raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
     __array__ = numpy
     def tolist(self): return self.near.tolist()
+    def __format__(self, spec): return format(self.near, spec)
     def __repr__(self): return f'FarTensor({self.near})'
 
 def call(f, args, kwargs):

@@ -10,9 +10,10 @@ from fastai.callback.fp16 import MixedPrecision,AMPMode
 from fastai.callback.training import GradientClip
 from fastai.losses import BaseLoss,MSELossFlat
 from fastai.optimizer import *
-import cfext.capture,cfext.data,cfext.kernels
+import cfext.capture,cfext.data,cfext.kernels,cfext.many
 from cfext import *
 from cfext.capture import StepGraph,capture_hurdle
+from cfext.many import _Replay
 from stand_in import StandIn,gpu,move,move_learner,there
 
 if torch.cuda.is_available(): pytest.skip('a GPU is here, where the tests marked `cuda` run', allow_module_level=True)
@@ -145,6 +146,19 @@ def test_answers_are_the_processor_s(model, answer, stand_in):
         move_learner(far)
         assert all(p.is_cuda for p in far.model.parameters())
         same(expected, ask(far))
+
+@pytest.mark.parametrize('weights', [False,True])
+def test_many_at_once(weights, stand_in, monkeypatch):
+    "Steps as they would be recorded"
+    monkeypatch.setattr(cfext.many, '_aside', lambda device: nullcontext())
+    monkeypatch.setattr(_Replay, 'record', lambda self: None)
+    make = lambda: [learner(MSELossFlat(), weights=weights, flat=True, seed=s, unk_p=0) for s in (1,2)]
+    near,far = make(),make()
+    fit_many(near, 2, 0.01)
+    with StandIn():
+        for l in far: move_learner(l)
+        fit_many(far, 2, 0.01)
+        for a,b in zip(near, far): same(list(a.recorder.losses), list(b.recorder.losses))
 
 def test_the_stand_in_behaves_as_a_gpu(stand_in):
     with StandIn():
