@@ -119,6 +119,6 @@ def test_metadata_is_complete():
     assert meta['License-Expression']=='Apache-2.0' or meta['License']=='Apache-2.0'
     reqs = ' '.join(meta.get_all('Requires-Dist'))
     for n in ('fastai','torch','safetensors'): assert n in reqs
-    assert {'gbm','ann','onnx','tune','fast-io','dev'} <= set(meta.get_all('Provides-Extra'))
+    assert {'gbm','ann','tune','fast-io','dev'} <= set(meta.get_all('Provides-Extra'))
     assert meta['Author'] and meta['Keywords'] and meta['Summary']
     assert [e.value for e in importlib.metadata.entry_points(group='console_scripts') if e.name=='cfext'] == ['cfext.cli:main']
