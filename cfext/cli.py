@@ -182,7 +182,7 @@ def _the_id(learn, role, text):
     first = plain(ids.ids[0])
     try: o = type(first)(text) if type(first) in _kinds else text
     except ValueError: o = text
-    if not ids.encode([o])[0]: raise UnknownIdError(role, [o], f"--{role} takes {_kinds.get(type(first), 'ids')} such as {first!r}, and left out the {most} one")
+    if not ids.encode([o])[0]: raise UnknownIdError(role, [o], f"--{role} takes {_kinds.get(type(first), 'ids')} such as {first!r}; without it the {most} one is taken")
     return o
 
 def _open(bundle):

@@ -46,7 +46,7 @@ def find_col(
     check_cols(df, **{f'{role}_name': name})
     return name
 
-# %% ../nbs/00_core.ipynb #86f95421
+# %% ../nbs/00_core.ipynb #720932a3
 def as_frame(
     rows, # a DataFrame, a dict, a Series, a (user, item) tuple, or a list of those
     names:list, # column names for tuples
@@ -59,7 +59,7 @@ def as_frame(
     rows = list(rows)
     if len(rows)==1 and isinstance(rows[0], pd.DataFrame): return rows[0]
     if rows and isinstance(rows[0], (dict,pd.Series)): return pd.DataFrame(rows).infer_objects()
-    if rows and any(len(tuple(o))!=2 for o in rows): raise ValueError(f"expected pairs ({', '.join(names)}), got {rows[0]!r}")
+    if rows and any(isinstance(o, str) or not np.iterable(o) or len(tuple(o))!=2 for o in rows): raise ValueError(f"expected pairs ({', '.join(names)}), got {rows[0]!r}")
     return pd.DataFrame([tuple(o) for o in rows], columns=names)
 
 # %% ../nbs/00_core.ipynb #1d2a3b91

@@ -19,7 +19,7 @@ from .data import *
 from .learner import *
 from .bundle import *
 
-# %% ../nbs/14b_folds.ipynb #7e546673
+# %% ../nbs/14b_folds.ipynb #2b2a51d5
 _bys = ('random','time','past','user','stratified','bag')
 
 def _fold_numbers(df, k, by, cols, rng):
@@ -56,6 +56,8 @@ def fold_rows(
     if not isinstance(by, str):
         ids = np.asarray(by)
         if ids.shape!=(n,): raise ValueError(f"`by` holds {ids.shape} fold numbers for {n} rows")
+        if ids.dtype.kind not in 'iub' and not (ids.dtype.kind=='f' and (ids%1==0).all()): raise ValueError(f"`by` should hold whole numbers of folds, -1 = always trained on; it holds {ids.dtype}, such as {ids[0]!r}")
+        if not (ids>=0).any(): raise ValueError("`by` holds no row out: give the rows of each fold its number, from 0")
         return [(np.flatnonzero(ids!=j), np.flatnonzero(ids==j)) for j in np.unique(ids[ids>=0])]
     check_choice(by, 'by', _bys)
     if check_pos(k, 'k', 1 if by=='bag' else 2)>n: raise ValueError(f"`k`={k} folds of {n} rows")

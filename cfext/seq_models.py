@@ -232,7 +232,7 @@ class LinearCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return *(o*g for o in ctx.saved_tensors),None,None
 
-# %% ../nbs/15b_seq_models.ipynb #118059ac
+# %% ../nbs/15b_seq_models.ipynb #33dec4f6
 class SeqLoss:
     "Loss of a sequence model's states over every position that has a target"
     def __init__(self,
@@ -246,7 +246,8 @@ class SeqLoss:
         check_choice(kind, 'kind', ('full','sampled','gbce'))
         store_attr()
         self.reduction = 'mean'
-        self.beta = gbce_beta(check_pos(n_neg, 'n_neg'), model.n_vocab-1, t) if kind=='gbce' else None
+        if kind!='full': check_pos(n_neg, 'n_neg')
+        self.beta = gbce_beta(n_neg, model.n_vocab-1, t) if kind=='gbce' else None
     def __call__(self,
         h:Tensor, # (bs,len,n_out) states
         y:Tensor, # (bs,len) long targets, 0 = none

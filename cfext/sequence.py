@@ -20,7 +20,7 @@ from .data import *
 from .seq_data import *
 from .seq_models import *
 
-# %% ../nbs/15c_sequence.ipynb #8fb5ea95
+# %% ../nbs/15c_sequence.ipynb #61a416aa
 seq_archs = dict(char3=CharNet3, loop=CharLoop, concat=CharLoopConcat, rnn=partial(RNNModel, kind='rnn'), gru=partial(RNNModel, kind='gru'),
                  lstm=partial(RNNModel, kind='lstm'), gru4rec=GRU4Rec, sasrec=SASRec)
 
@@ -35,6 +35,13 @@ class SeqLearner(Learner):
     def get_preds(self, ds_idx=1, dl=None, *args, cbs=None, **kwargs):
         wide = [] if self.dls.hist is None else [_OneWidth()]
         return super().get_preds(ds_idx, dl, *args, cbs=[*L(cbs), *wide], **kwargs)
+    def all_batches(self):
+        self._check_vocab()
+        super().all_batches()
+    def _check_vocab(self):
+        "Raise if the loaders, changed since, have another number of symbols than the model"
+        n = getattr(self.model, 'n_vocab', self.dls.n_vocab)
+        if n!=self.dls.n_vocab: raise ValueError(f"the model is made for {n-1:,} symbols, the loaders know {self.dls.n_vocab-1:,}: make a learner for these loaders")
 
 def _check_seq_model(dls, model):
     "Raise if a model does not keep the contract"
@@ -75,10 +82,11 @@ def seq_learner(
     if dls.carry: learn.add_cb(ModelResetter())
     return learn
 
-# %% ../nbs/15c_sequence.ipynb #a554c0aa
+# %% ../nbs/15c_sequence.ipynb #d7bd0ab2
 @patch
 def _encode(self:SeqLearner, seq, arg, unk=None):
     "Codes (n,) long of a text or a list of symbols; unknown ones raise or, where the caller may choose, are skipped"
+    self._check_vocab()
     if isinstance(seq, str) and self.dls.hist is None: seq = text_tokens(seq, list(self.dls.classes)[0])
     if isinstance(seq, str) or not is_listy(seq) and not hasattr(seq, '__array__'):
         raise TypeError(f"`{arg}` should be a list of items, got {seq!r}")
@@ -100,6 +108,7 @@ def next_scores(self:SeqLearner,
     x:Tensor, # (n,len) long codes, padded with 0 on the right
 )->Tensor: # (n,n_vocab) scores of what follows each row's last symbol, -inf for code 0
     "Score what comes next after each row"
+    self._check_vocab()
     last = (x>0).sum(1)-1
     with in_mode(self.model), torch.no_grad():
         h,_ = self.model.states(x)
@@ -150,7 +159,7 @@ def generate(self:SeqLearner,
     out = self.dls.vocab.decode(x).tolist()
     return out if self.dls.hist is not None else self.dls.dataset.sep.join(out)
 
-# %% ../nbs/15c_sequence.ipynb #16aab08c
+# %% ../nbs/15c_sequence.ipynb #86afb5e8
 def _need_histories(dls, instead):
     "Raise where there are no users to answer for; `instead` is what a text has"
     if dls.hist is None: raise ValueError(f"a text has no users: {instead}")
@@ -180,6 +189,7 @@ def next_ranks(self:SeqLearner,
 
 def _draw_unseen(own, y, n_vocab, n, g):
     "(rows,n) long: different random codes that are neither among a row's own nor its target"
+    n = check_pos(n, 'n_sampled')
     p = torch.ones(len(own), n_vocab).scatter_(1, own.cpu(), 0.).scatter_(1, y[:,None].cpu(), 0.)
     p[:,0] = 0.
     short = int((p>0).sum(1).min())
@@ -216,7 +226,12 @@ class MostPopular(SeqModel):
         with torch.no_grad(): self.head.bias.copy_((counts+1e-3).log())
     def states(self, x, state=None): return torch.zeros(*x.shape, 1, device=x.device),None
 
-# %% ../nbs/15c_sequence.ipynb #a4097c87
+# %% ../nbs/15c_sequence.ipynb #f7b7b4f5
+def _listed(ids):
+    "One id or several as a list"
+    if isinstance(ids, (pd.DataFrame,dict)): raise TypeError(f"expected one id or several, got a {type(ids).__name__}: pass its column of ids, or a list")
+    return [ids] if isinstance(ids, str) or not is_iter(ids) else list(ids)
+
 def _top_frame(scores, k, vocab, head):
     "The best `k` finite scores of each row as a frame; `head` is {column: one value a row}"
     k = min(check_pos(k, 'k'), scores.shape[1])
@@ -234,7 +249,7 @@ def recommend(self:SeqLearner,
     "Recommend the next items to users, given all that they have"
     dls = self.dls
     _need_histories(dls, "use `generate`, or `recommend_next(history)`")
-    users = [users] if isinstance(users, str) or not is_iter(users) else list(users)
+    users = _listed(users)
     codes = dls.classes[dls.user_name].encode(users)
     if (codes==0).any(): raise UnknownIdError('user', np.asarray(users, dtype=object)[codes==0].tolist(), "use `recommend_next(history)` for them")
     res = []
@@ -275,14 +290,14 @@ def predict(self:SeqLearner,
     x = self._encode(item, 'item', unk)
     return _top_frame(self.next_scores(x[-self.dls.max_len:][None]).softmax(1), k, self.dls.vocab, {}).rename(columns={'score':'prob'})
 
-# %% ../nbs/15c_sequence.ipynb #8636bead
+# %% ../nbs/15c_sequence.ipynb #235409b7
 @patch
 def similar_items(self:SeqLearner,
     items, # ids of items, a list or an array; a single id will do
     k:int=10, # neighbours of each
 )->pd.DataFrame: # item, similar, cosine, rank from 1; k rows an item
     "Find the items whose vectors point the same way"
-    items = [items] if isinstance(items, str) or not is_iter(items) else list(items)
+    items = _listed(items)
     codes = self._encode(items, 'items')
     w = F.normalize(self.model.item_factors, dim=1)
     s = w[codes]@w.t()

@@ -307,3 +307,9 @@ def test_values_that_are_no_number_or_choice_at_all(df):
         for f in (lambda: check_pos(val, 'k'), lambda: check_choice(val, 'how', ('a','b')), lambda: check_choice(val, 'how', dict(a=1))):
             with pytest.raises(ValueError, match=f'`(k|how)`=<an? {type(val).__name__}>') as e: f()
             assert len(str(e.value))<120
+
+def test_rows_to_predict_that_are_no_pairs(df):
+    learn = cf_learner(loaders(df), n_factors=4)
+    for odd in ((1,2,3),[1],['ab'],[(1,2,3)],[(1,2),3]):
+        with pytest.raises(ValueError, match=r'expected pairs \(user, item\)'): learn.predict(odd)
+    assert len(learn.predict([(df.user[0],df.item[0])]*2)[2])==2

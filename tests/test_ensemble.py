@@ -213,6 +213,12 @@ def test_killed_in_the_third_fold(df, tmp_path):
     assert len(again.learners)==5
     np.testing.assert_allclose(predict_rows(again.learners[0], df.iloc[again.rows[0][1]])[:,0], again.oof.iloc[again.rows[0][1]], rtol=1e-6)
 
+def test_fold_numbers_of_ones_own(df):
+    n = len(df)
+    for by,msg in ((np.full(n, np.nan),'should hold whole numbers of folds'), (np.array(['a']*n),'it holds <U1, such as'), (np.arange(n)%3/2,'whole numbers'), (np.full(n, -1),'holds no row out')):
+        with pytest.raises(ValueError, match=msg): fold_rows(df, by=by)
+    for by in (np.arange(n)%3, np.arange(n)%3*1., pd.Series(np.arange(n)%3)): assert len(fold_rows(df, by=by))==3
+
 def test_spoiled_folds(df, tmp_path):
     a = fit_folds(make, df, k=2, path=tmp_path)
     (tmp_path/'fold1-seed0.npy').write_bytes(b'half')

@@ -313,6 +313,29 @@ def test_what_is_advised_can_be_done(tmp_path):
     for f in (lambda: learn.recommend(user), lambda: learn.recommend_next([10]), lambda: learn.predict([10]), lambda: learn.generate([10], 3), lambda: learn.evaluate()):
         with pytest.raises(ValueError, match='NaN: has training diverged'): f()
 
+def test_loaders_of_another_vocabulary_are_refused():
+    "More items than rows end in no index error from deep inside, fewer in no answer about other items"
+    make = lambda n: SeqDataLoaders.from_df(visits(60, n), bs=3, seed=1)
+    dls = make(11)
+    learn = seq_learner(dls, 'gru4rec', seed=0)
+    for n in (7,23):
+        learn.dls = make(n)
+        with learn.no_bar(),learn.no_logging():
+            for f in (lambda: learn.recommend('u3'), lambda: learn.recommend_next([0]), lambda: learn.generate([0], 2), lambda: learn.similar_items(0), lambda: learn.predict([0]),
+                      learn.evaluate, learn.validate, learn.get_preds, lambda: learn.fit(1)):
+                with pytest.raises(ValueError, match=f'made for 11 symbols, the loaders know {n}'): f()
+    learn.dls = dls
+    eq(len(learn.recommend('u3', 3)), 3)
+
+def test_odd_arguments():
+    learn = seq_learner(SeqDataLoaders.from_df(visits(), bs=3), 'gru4rec')
+    for f in (learn.recommend,learn.similar_items):
+        with pytest.raises(TypeError, match='one id or several, got a DataFrame: pass its column'): f(visits()[:3])
+    for n in (0,-1,math.nan,2.5):
+        with pytest.raises(ValueError, match='`n_sampled`=.* whole number of at least 1'): learn.evaluate(n_sampled=n)
+    for kind in ('sampled','gbce'):
+        with pytest.raises(ValueError, match='`n_neg`=0'): seq_learner(learn.dls, loss=kind, n_neg=0)
+
 def test_export_and_load(tmp_path):
     dls = SeqDataLoaders.from_df(visits(60), max_len=5, bs=3)
     learn = seq_learner(dls, 'sasrec', config=dict(n_factors=4), path=tmp_path)
