@@ -65,7 +65,7 @@ class RowWeights(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
-# %% ../nbs/06_learner.ipynb #1162f161
+# %% ../nbs/06_learner.ipynb #a96fbaa3
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
     mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
@@ -88,6 +88,8 @@ class CFLearner(Learner):
         self._told.append(what)
         print(what)
     def all_batches(self):
+        check_fits(self.model, self.dls)
+        if self.training and not len(self.dls.train_ds): raise ValueError("there are no training rows: a learner loaded without its rows answers, but trains on new loaders only, from CFDataLoaders.from_df(ratings)")
         if self.fast is False: return super().all_batches()
         if not self.training: return lean_validate(self) if self._is_plain() and not batch_needs(self, training=False) else super().all_batches()
         needs = {**batch_needs(self), **({type(self).__name__:own} if (own := self._own_steps()) else {})}
@@ -159,9 +161,11 @@ def as_cf_dls(
     return CFDataLoaders(ResidentDL(dss[0], bs=dls.train.bs, shuffle=True, device=dls.device),
                          ResidentDL(dss[1], bs=dls.valid.bs, device=dls.device), path=dls.path, device=dls.device)
 
-# %% ../nbs/06_learner.ipynb #094b0039
+# %% ../nbs/06_learner.ipynb #902e4817
 def _emb_szs(dls, emb_szs):
     "((n_users,width), (n_items,width)) from fastai's rule, a dict {column: width}, or two (n,width) pairs"
+    if isinstance(emb_szs, dict) and (odd := [k for k in emb_szs if k not in dls.cat_names]):
+        raise ValueError(f"`emb_szs` names {', '.join(map(repr, odd))}; the columns are {', '.join(map(repr, dls.cat_names))}")
     if emb_szs is None or isinstance(emb_szs, dict): return get_emb_sz(dls.train_ds, emb_szs)
     if len(emb_szs)!=2 or [o[0] for o in emb_szs]!=[dls.n_users, dls.n_items]:
         raise ValueError(f"`emb_szs`={emb_szs!r} should be (({dls.n_users}, width), ({dls.n_items}, width)) or a dict {{column: width}}")
@@ -182,7 +186,7 @@ def _make_model(dls, model, n_factors, y_range, emb_szs, config):
         return model.from_dls(dls, **kwargs) if hasattr(model, 'from_dls') else model(dls.n_users, dls.n_items, **kwargs)
     raise ValueError(f"`model`={model!r} should be 'dot', 'nn', a class of modules or a module")
 
-# %% ../nbs/06_learner.ipynb #6e9f780b
+# %% ../nbs/06_learner.ipynb #5b8f3123
 def _check_ratings(dls, y_range):
     "Warn of ratings that `y_range` cannot reach"
     if y_range is None: return
@@ -192,7 +196,8 @@ def _check_ratings(dls, y_range):
                         f"(they run from {ys.min():g} to {ys.max():g}); widen it a little beyond both ends", stacklevel=3)
 
 def _check_model(dls, model):
-    "Raise if the model does not give one number a row"
+    "Raise if the model does not give one number a row, or was made for other ids"
+    check_fits(model, dls)
     dev = next((p.device for p in model.parameters()), dls.device)
     with in_mode(model), torch.no_grad(): res = model(torch.zeros(3, 2, dtype=torch.long, device=dev))
     if not isinstance(res, Tensor) or res.numel()!=3:

@@ -27,9 +27,9 @@ def _titles(n, rng):
     part = lambda j: '' if j<m else f', Part {j//m+1}'
     return [f'{names[j%m]}{part(j)} ({y})' for j,y in enumerate(rng.integers(1950, 2021, n))]
 
-# %% ../nbs/01a_sources.ipynb #00050921
-def _draw_pairs(n_users, n_items, n, rng, n_min):
-    "`n` different (user, item) pairs: popularity by rank, log-normal activity, at least `n_min` a user"
+# %% ../nbs/01a_sources.ipynb #d706d431
+def _draw_pairs(n_users, n_items, n, rng, n_min, chosen=None):
+    "`n` different (user, item) pairs: popularity by rank, log-normal activity, at least `n_min` a user before `chosen(users, items)` has its say"
     p_item = 1/(np.arange(n_items)+0.03*n_items+1)**0.9
     p_user = rng.lognormal(0, 0.9, n_users)
     p_item,p_user = p_item/p_item.sum(),p_user/p_user.sum()
@@ -40,12 +40,13 @@ def _draw_pairs(n_users, n_items, n, rng, n_min):
         m = max(2*(n-len(keys)), 1000)
         u = np.concatenate([users, cdf(p_user, m)])
         users = users[:0]
-        new = u.astype(np.int64)*n_items + cdf(p_item, len(u))
-        keys = np.concatenate([keys, new])
+        i = cdf(p_item, len(u))
+        new = u.astype(np.int64)*n_items + i
+        keys = np.concatenate([keys, new if chosen is None else new[chosen(u, i)]])
         keys = keys[np.sort(np.unique(keys, return_index=True)[1])]
     return np.divmod(keys[:n], n_items)
 
-# %% ../nbs/01a_sources.ipynb #d54776ff
+# %% ../nbs/01a_sources.ipynb #d18451ee
 def synth_ratings(
     n_users:int=500, # users
     n_items:int=300, # items
@@ -55,19 +56,23 @@ def synth_ratings(
     *,
     noise:float=0.6, # standard deviation of the noise, stars
     step:float|None=1., # ratings are rounded to multiples of this; `None`: not rounded
+    taste:float=0., # an item that a user comes across is chosen with probability sigmoid(taste*factors); 0: whatever comes is chosen
     with_truth:bool=False, # also return the planted parameters?
 )->pd.DataFrame: # user, item, title, genre, rating, timestamp (s); with `with_truth`, a tuple (frame, dict of arrays)
     "Make a deterministic set of ratings with MovieLens-like popularity from planted biases and factors"
     for k,v in dict(n_users=n_users, n_items=n_items, n_ratings=n_ratings, n_factors=n_factors).items(): check_pos(v, k)
     if n_ratings > 0.5*n_users*n_items:
         raise ValueError(f"`n_ratings`={n_ratings} is more than half of the {n_users}x{n_items} pairs: ask for fewer, or for more users or items")
+    if not 0<=taste<=20: raise ValueError(f"`taste`={taste} should be a number from 0 to 20")
+    if taste and n_ratings > 0.2*n_users*n_items: raise ValueError(f"`n_ratings`={n_ratings} is more than a fifth of the {n_users}x{n_items} pairs, where taste leaves few to choose from: ask for fewer, or for more users or items")
     if n_factors > len(_genres): raise ValueError(f"`n_factors`={n_factors}: at most {len(_genres)}, one genre each")
     rng = np.random.default_rng(seed)
     P,Q = [rng.normal(0, 0.75/n_factors**0.25, (n, n_factors)) for n in (n_users, n_items)]
     genre = rng.integers(0, n_factors, n_items)
     Q[np.arange(n_items), genre] += 1.2/n_factors**0.25
     bu,bi = rng.normal(0, 0.4, n_users),rng.normal(0, 0.5, n_items)
-    u,i = _draw_pairs(n_users, n_items, n_ratings, rng, min(5, n_ratings//n_users))
+    liked = lambda u,i: rng.random(len(u)) < 1/(1+np.exp(-taste*(P[u]*Q[i]).sum(1)))
+    u,i = _draw_pairs(n_users, n_items, n_ratings, rng, min(5, n_ratings//n_users), liked if taste else None)
     o = rng.permutation(n_ratings)
     u,i = u[o],i[o]
     r = 3.4 + bu[u] + bi[i] + (P[u]*Q[i]).sum(1) + rng.normal(0, noise, n_ratings)
