@@ -251,3 +251,17 @@ def test_export_still_works(df, tmp_path):
         warnings.simplefilter('ignore')
         again = load_learner(tmp_path/'m.pkl')
     assert torch.allclose(again.predict(df[:5], unk='na')[2], p)
+
+def test_what_cannot_be_trained_is_told_before_it_is():
+    small,big = (CFDataLoaders.from_df(synth_ratings(n, 40, 600), item_name='title', seed=0, device='cpu') for n in (30,50))
+    with pytest.raises(ValueError, match=r"`emb_szs` names 'usr'; the columns are 'user', 'title'"): cf_learner(small, 'nn', emb_szs={'usr':5})
+    with pytest.raises(ValueError, match='made for 30 users, the loaders know 50'): cf_learner(big, cf_learner(small, n_factors=3).model)
+    learn = cf_learner(small, n_factors=3)
+    learn.dls = big
+    for f in (lambda: learn.fit(1), learn.validate, learn.get_preds):
+        with pytest.raises(ValueError, match='made for 30 users, the loaders know 50'): f()
+    learn.dls = small
+    learn.fit(1)
+    bare = cf_learner(CFDataLoaders(small.train.new(small.train_ds.subset(slice(0, 0))), small.valid, device='cpu'), learn.model)
+    with pytest.raises(ValueError, match='there are no training rows'): bare.fit(1)
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
