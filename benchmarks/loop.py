@@ -150,7 +150,7 @@ def growth(args):
         df = synth(n, 10_000, c)
         df['item'] = np.random.default_rng(1).integers(0, c, n, dtype=np.int32)
         return df
-    res = {'catalogue': {c: one(all_items(c), n_items=c) for c in (10**3,10**4,10**5,10**6,10**7)},
+    res = {'catalogue': {c: one(all_items(c), n_items=c, times=3 if cuda or c<10**7 else 1) for c in (10**3,10**4,10**5,10**6,10**7)},
            'factors': {f: one(synth(n, 100_000, 20_000), n_factors=f) for f in (8,16,32,64,128,256)},
            'rows': {r: one(synth(r, 100_000, 20_000), times=3 if cuda or r<10**8 else 1) for r in (10**5,10**6,10**7,10**8)}}
     for k,v in res.items(): print(k, v, flush=True)

@@ -65,7 +65,7 @@ class RowWeights(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
-# %% ../nbs/06_learner.ipynb #a96fbaa3
+# %% ../nbs/06_learner.ipynb #29019cdb
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
     mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/2**20
@@ -88,7 +88,7 @@ class CFLearner(Learner):
         self._told.append(what)
         print(what)
     def all_batches(self):
-        check_fits(self.model, self.dls)
+        check_fits(self.model, self.dls, spare=True)
         if self.training and not len(self.dls.train_ds): raise ValueError("there are no training rows: a learner loaded without its rows answers, but trains on new loaders only, from CFDataLoaders.from_df(ratings)")
         if self.fast is False: return super().all_batches()
         if not self.training: return lean_validate(self) if self._is_plain() and not batch_needs(self, training=False) else super().all_batches()
@@ -186,7 +186,7 @@ def _make_model(dls, model, n_factors, y_range, emb_szs, config):
         return model.from_dls(dls, **kwargs) if hasattr(model, 'from_dls') else model(dls.n_users, dls.n_items, **kwargs)
     raise ValueError(f"`model`={model!r} should be 'dot', 'nn', a class of modules or a module")
 
-# %% ../nbs/06_learner.ipynb #5b8f3123
+# %% ../nbs/06_learner.ipynb #a88d7769
 def _check_ratings(dls, y_range):
     "Warn of ratings that `y_range` cannot reach"
     if y_range is None: return
@@ -196,8 +196,8 @@ def _check_ratings(dls, y_range):
                         f"(they run from {ys.min():g} to {ys.max():g}); widen it a little beyond both ends", stacklevel=3)
 
 def _check_model(dls, model):
-    "Raise if the model does not give one number a row, or was made for other ids"
-    check_fits(model, dls)
+    "Raise if the model does not give one number a row, or has fewer rows than there are ids"
+    check_fits(model, dls, spare=True)
     dev = next((p.device for p in model.parameters()), dls.device)
     with in_mode(model), torch.no_grad(): res = model(torch.zeros(3, 2, dtype=torch.long, device=dev))
     if not isinstance(res, Tensor) or res.numel()!=3:

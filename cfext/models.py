@@ -75,15 +75,16 @@ def without_rows(self:CFModel)->CFModel: # itself, unless a subclass holds rows
     "Return a model of the same scores that holds no training row"
     return self
 
-# %% ../nbs/03_models.ipynb #72fc4c0f
+# %% ../nbs/03_models.ipynb #8a7655a1
 def check_fits(
     model:nn.Module, # any model
     dls, # loaders that know `n_users` and `n_items`
+    spare:bool=False, # may there be more rows than ids?
 )->None:
     "Raise a `ValueError` if the tables of a model of this library are of another size than the loaders' ids"
     for r in ('user','item'):
         n,ids = getattr(model, f'n_{r}s', None),getattr(dls, f'n_{r}s', None)
-        if None not in (n,ids) and n!=ids:
+        if None not in (n,ids) and n!=ids and not (spare and n>ids):
             raise ValueError(f"the model is made for {n-1:,} {r}s, the loaders know {ids-1:,}: make a learner for these loaders, or let `partial_fit` or `fold_in` add what is new")
 
 # %% ../nbs/03_models.ipynb #8e5521ef

@@ -265,3 +265,9 @@ def test_what_cannot_be_trained_is_told_before_it_is():
     bare = cf_learner(CFDataLoaders(small.train.new(small.train_ds.subset(slice(0, 0))), small.valid, device='cpu'), learn.model)
     with pytest.raises(ValueError, match='there are no training rows'): bare.fit(1)
     assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+
+def test_spare_rows_train():
+    dls = CFDataLoaders.from_df(synth_ratings(30, 40, 600), item_name='title', seed=0, device='cpu')
+    learn = cf_learner(dls, DotProductBias(dls.n_users+5, dls.n_items+7, 3))
+    learn.fit(1)
+    with pytest.raises(ValueError, match='made for 35 users, the loaders know 30'): learn.recommend(k=2)
