@@ -87,11 +87,11 @@ def loop(d):
     sides = {k:o for k,o in d.items() if isinstance(o, dict) and 'seconds' in o}
     for k,o in sides.items():
         v.parts.append(timings(o, 'seconds', f'{k}: an epoch'))
-        if f := at(o, 'times_faster'):
+        if 'cfext' in (f := at(o, 'times_faster') or {}):
             first = next(iter(f))
             v.parts.append(chart([Row(n, [s], ours=n=='cfext') for n,s in f.items()], f'{k}: how many times as fast as {first}', 'times', bars=True, less=False))
         v.held += [Held(f'{k}, seconds', at(o, 'seconds', 'cfext'), at(o, 'seconds', n), n, time=True) for n in o['seconds'] if n!='cfext' and 'cfext' in o['seconds']]
-        if t := at(o, 'seconds', 'streamed'): v.short.append(f'{k}: an epoch takes {num(t/o["seconds"]["resident"])} times as long as with rows on the device.')
+        if t := at(o, 'seconds', 'streamed'): v.short.append(f'{k}: an epoch takes {num(t/o["seconds"]["resident"])} times as long as with rows that lie on the device that trains.')
         if is_num(o.get('share_of_copy_bandwidth')): v.short.append(f'{k}: the epoch moves {100*o["share_of_copy_bandwidth"]:.0f}% of what a plain copy moves in that time ({num(o.get("copy_gib_s"))} GiB/s).')
     v.parts += growth(at(d, 'growth'))
     if not sides: v.short.append('No epochs side by side are in this record.')
