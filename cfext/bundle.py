@@ -73,7 +73,7 @@ def _put(folder, stem, suffix, write):
         with whole_file(folder/name) as f: os.replace(tmp, f)
     return dict(name=name, sha256=sha)
 
-# %% ../nbs/14_bundle.ipynb #e058ec55
+# %% ../nbs/14_bundle.ipynb #d95c7652
 def _settings(learn, model):
     "What a learner's bundle says besides parameters and ids"
     ds,loss = learn.dls.train_ds,getattr(learn.loss_func, 'func', learn.loss_func)
@@ -95,6 +95,7 @@ def save_bundle(self:CFLearner,
     if path.is_file(): raise BundleError(f"{path} is a file; expected a folder, new or of a bundle: give another name")
     check_fits(self.model, self.dls)
     ids = {n: _ids_to_json(m.ids, n) for n,m in ds.classes.items()}
+    if history: ids['#held out'] = [_ids_to_json(pd.Index(s.tolist()), ds.cat_names[j]) for j,s in sorted(self.dls.valid_ds.unknown.items())]
     model = self.model if history else getattr(self.model, 'without_rows', lambda: self.model)()
     tensors = {f'model.{k}': v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     if history: tensors.update(_rows(self.dls))
@@ -111,6 +112,7 @@ def _rows(dls):
     "The tensors of the loaders' rows, and of those that only count as seen"
     res = {f'{s}.{k}': getattr(d, k) for s,d in (('train',dls.train_ds), ('valid',dls.valid_ds)) for k in 'xyw'}
     res.update({f'{s}.also': t for s,t in zip(('train','valid'), dls.also_seen)})
+    res.update({f'valid.unknown{j}': torch.from_numpy(s.index.to_numpy(np.int64, copy=True)) for j,s in dls.valid_ds.unknown.items()})
     return {k: t.cpu().contiguous() for k,t in res.items() if t is not None}
 
 def _files(path):
@@ -167,7 +169,7 @@ def _bundle_model(d, model, state):
     except RuntimeError as e: raise BundleError(f"the parameters in the bundle do not fit {type(model).__name__}: {e}") from e
     return model
 
-# %% ../nbs/14_bundle.ipynb #a2f8f0fa
+# %% ../nbs/14_bundle.ipynb #446bc508
 def load_bundle(
     path:str|Path, # folder that `save_bundle` wrote
     *,
@@ -181,8 +183,9 @@ def load_bundle(
     f = {k: path/Path(o['name']).name for k,o in d['files'].items()}
     t,ids = load_file(f['tensors']),json.loads(f['ids'].read_text(encoding='utf-8'))
     with _told(f"{f['ids']} is not of the columns {d['user_name']!r} and {d['item_name']!r}"): classes = {n: IdMap(_ids_from_json(ids[str(n)])) for n in (d['user_name'], d['item_name'])}
-    none = torch.zeros(0, 2, dtype=torch.int32)
-    dss = [Ratings(t.get(f'{s}.x', none), t.get(f'{s}.y', torch.zeros(0, 1)), classes, d['rating_name'], t.get(f'{s}.w')) for s in ('train','valid')]
+    none,at = torch.zeros(0, 2, dtype=torch.int32),{j: t[f'valid.unknown{j}'].numpy() for j in (0,1) if f'valid.unknown{j}' in t}
+    with _told(f"{f['ids']} does not fit the held-out rows"): lost = {j: pd.Series(_ids_from_json(o), i, dtype=object) for (j,i),o in zip(at.items(), ids.get('#held out', []))}
+    dss = [Ratings(t.get(f'{s}.x', none), t.get(f'{s}.y', torch.zeros(0, 1)), classes, d['rating_name'], t.get(f'{s}.w'), o) for s,o in (('train',None), ('valid',lost))]
     model = _bundle_model(d, model, {k.removeprefix('model.'): v for k,v in t.items() if k.startswith('model.')})
     if loss_func is None:
         if d['loss'] not in _losses: raise BundleError(f"the bundle was trained with {d['loss']}: pass it as `loss_func=`")

@@ -88,7 +88,7 @@ def _encode_train(col, arg, train):
     if there.all(): return (codes+1).astype(np.int32, copy=False),IdMap(uniq)
     return np.where(there, np.cumsum(there), 0).astype(np.int32)[codes],IdMap(uniq[there])
 
-# %% ../nbs/01b_data.ipynb #f06464cb
+# %% ../nbs/01b_data.ipynb #d79c629c
 class Ratings:
     "Interactions as tensors: `x` (n,2) int32 codes, `y` (n,1) float32 or None, `w` (n,) float32 or None"
     n_inp,cont_names = 1,[]
@@ -98,8 +98,10 @@ class Ratings:
         classes:dict, # {user column: `IdMap`, item column: `IdMap`}
         rating_name:str|None='rating', # column of the targets
         w:Tensor|None=None, # (n,) float32 weight of each row in the loss
+        unknown:dict|None=None, # {0 or 1, for users or items: Series of the ids behind code 0, at their row numbers}, where they are kept
     ):
         store_attr()
+        self.unknown = unknown or {}
         self.cat_names,self.y_names = list(classes),[rating_name] if rating_name else []
         self.user_name,self.item_name = self.cat_names
         self.loss_func = MSELossFlat()
@@ -121,7 +123,29 @@ def subset(self:Ratings,
 )->Ratings:
     "Return the rows `idxs` as a new `Ratings`"
     pick = lambda t: None if t is None else t[idxs]
-    return Ratings(pick(self.x), pick(self.y), self.classes, self.rating_name, pick(self.w))
+    at = torch.arange(len(self), device=self.x.device)[idxs].cpu().numpy() if self.unknown else None
+    lost = {j: s.reindex(at).reset_index(drop=True).dropna() for j,s in self.unknown.items()}
+    return Ratings(pick(self.x), pick(self.y), self.classes, self.rating_name, pick(self.w), lost)
+
+# %% ../nbs/01b_data.ipynb #71dd4500
+@patch
+def recoded(self:Ratings,
+    classes:dict, # {column: `IdMap`}, the ids of `self.classes` in front
+)->Ratings:
+    "Return the same rows with the codes of ids that were unknown, where `classes` has them"
+    x,left = self.x.clone(),{}
+    for j,s in self.unknown.items():
+        codes = classes[self.cat_names[j]].encode(s.to_numpy())
+        x[torch.from_numpy(s.index.to_numpy(np.int64, copy=True)).to(x.device),j] = torch.from_numpy(codes).to(x)
+        left[j] = s[codes==0]
+    return Ratings(x, self.y, classes, self.rating_name, self.w, left)
+
+@patch
+def numbered(self:Ratings)->Tensor: # (n,2) long
+    "Return the codes, with numbers from `n_items` on for unknown items, equal for equal ones; where their ids are not kept, 0"
+    x,s = self.x.long().clone(),self.unknown.get(1)
+    if s is not None: x[torch.from_numpy(s.index.to_numpy(np.int64, copy=True)).to(x.device),1] = self.n_items+torch.from_numpy(pd.factorize(s)[0]).to(x)
+    return x
 
 # %% ../nbs/01b_data.ipynb #55cf3153
 @patch
@@ -369,17 +393,18 @@ class CFDataLoaders(DataLoaders):
         res.unk = unk
         return res
 
-# %% ../nbs/01b_data.ipynb #01e5a48d
+# %% ../nbs/01b_data.ipynb #6bd46809
 @patch(cls_method=True)
 def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     "`Ratings` of the rows marked in each of `masks`, coded by the ids of the first"
     train,valid = masks
     if not train.any(): raise ValueError(f"there are no training rows: the frame has {len(df)} rows, {int(valid.sum())} of them held out")
     x = torch.empty((len(df),2), dtype=torch.int32)
-    classes = {}
+    classes,lost = {},{}
     for j,(col,arg) in enumerate(((user,'user_name'), (item,'item_name'))):
         codes,classes[col] = _encode_train(df[col], arg, train)
         x[:,j] = torch.from_numpy(codes)
+        if (out := np.flatnonzero(codes[valid]==0)).size: lost[j] = pd.Series(df[col].to_numpy()[valid][out], out, dtype=object)
         if len(classes[col])<3:
             raise ValueError(f"`{arg}`={col!r} holds a single id, {plain(classes[col].ids[0])!r}, in the training rows: there is nothing to compare. "
                              "Check that this is the right column")
@@ -387,7 +412,7 @@ def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     w = None if weight is None else _targets(df[weight], 'weight_name')
     if w is not None and (w<0).any(): raise ValueError(f"`weight_name`={weight!r} holds {int((w<0).sum())} negative weights")
     if w is not None and not (w[masks[0]]>0).any(): raise ValueError(f"`weight_name`={weight!r} is 0 in every training row: there would be nothing to learn from")
-    dss = [Ratings(x[m], y[m,None], classes, rating, None if w is None else w[m]) for m in (torch.from_numpy(train), torch.from_numpy(valid))]
+    dss = [Ratings(x[m], y[m,None], classes, rating, None if w is None else w[m], o) for m,o in ((torch.from_numpy(train),None), (torch.from_numpy(valid),lost))]
     cold = (dss[1].x==0).sum(0).tolist()
     if any(cold):
         warnings.warn(f"of {len(dss[1]):,} validation rows, {cold[0]:,} have a user and {cold[1]:,} an item without a training row; "

@@ -24,19 +24,19 @@ from .metrics import *
 from .recommend import *
 from .recommend import _as_index
 
-# %% ../nbs/10c_evaluation.ipynb #88626bb5
+# %% ../nbs/10c_evaluation.ipynb #e218cd80
 class HeldOut:
     "Who is judged: `users` (n,) codes, `targets` (m,2) pairs (row of `users`, item code; beyond `n_items` for an unknown item), `counts`"
     def __init__(self,
         dls:CFDataLoaders, # whose training rows are known
-        x:Tensor, # (r,2) codes of the held-out rows, 0 = unknown
+        x:Tensor, # (r,2) codes of the held-out rows, 0 = unknown; unknown items that are told apart have numbers from `n_items` to `n_items`+r
         seen:str|None='train', # rows that are left out of lists, as for `top_items`
         n_users:int|None=None, # judge a random part of the users; None: all
         seed:int=0, # of that part
     ):
         x,n_items = x.long(),dls.n_items
-        lost = x[:,1]==0
-        x = torch.stack([x[:,0], torch.where(lost, n_items+torch.arange(len(x), device=x.device), x[:,1])], 1)
+        nameless,lost = x[:,1]==0,(x[:,1]==0)|(x[:,1]>=n_items)
+        x = torch.stack([x[:,0], torch.where(nameless, n_items+len(x)+torch.arange(len(x), device=x.device), x[:,1])], 1)
         known = x[:,0]>0
         again = self._again(dls, x, seen)&known
         users,row = x[known&~again,0].unique(return_inverse=True)
@@ -57,7 +57,7 @@ class HeldOut:
     @staticmethod
     def _again(dls, x, seen):
         if not seen: return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        n = 2*dls.n_items+len(x)
+        n = dls.n_items+2*len(x)
         starts,items = seen_items(dls, seen)
         rows,codes = seen_pairs(torch.arange(dls.n_users, device=items.device), starts, items)
         return torch.isin(x[:,0]*n+x[:,1], (rows*n+codes).to(x.device))
@@ -170,25 +170,30 @@ def _mean_preds(dls, vx):
     return {'mean rating':mu.expand(len(vx)), 'user mean':mu+user[vx[:,0]], 'item mean':mu+item[vx[:,1]],
             'user and item means':mu+bi[vx[:,1]]+bu[vx[:,0]]}
 
-# %% ../nbs/10c_evaluation.ipynb #bbe1db66
+# %% ../nbs/10c_evaluation.ipynb #ba11a0d0
 def _split_rows(learn, split):
-    "Codes (n,2), ratings (n,) or None, and which rows have been seen by then"
+    "Codes (n,2), those of unknown items beyond `n_items`, ratings (n,) or None, and which rows have been seen by then"
     dls,ds = learn.dls,learn.dls.train_ds
     if isinstance(split, str):
         check_choice(split, 'split', ('valid',))
         if not len(dls.valid_ds): raise ValueError("there are no validation rows to evaluate on: make the loaders with `valid_pct` or a `splitter`, or pass a frame as `split`")
-        return dls.valid_ds.x.long(),None if ds.rating_name is None else dls.valid_ds.y[:,0],'train'
+        return dls.valid_ds.numbered(),None if ds.rating_name is None else dls.valid_ds.y[:,0],'train'
     has = ds.rating_name is not None and ds.rating_name in split
     check_cols(split, user_name=ds.user_name, item_name=ds.item_name)
     if not len(split): raise ValueError("`split` is an empty frame: there is nothing to evaluate on")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         dl = dls.test_dl(split, with_labels=has, unk='na')
-    return dl.dataset.x.long(),dl.dataset.y[:,0] if has else None,'all'
+    x,lost = dl.dataset.x.long(),dl.dataset.x[:,1]==0
+    if lost.any():
+        which = torch.from_numpy(pd.factorize(split[ds.item_name][lost.cpu().numpy()])[0]).to(x)
+        x[lost,1] = torch.where(which<0, 0, dls.n_items+which) # no id at all is no item
+    return x,dl.dataset.y[:,0] if has else None,'all'
 
 def _rating_report(learn, x, y):
     "RMSE and MAE of the model and of means"
     ds = learn.dls.train_ds
+    x = x.masked_fill(x>=x.new_tensor([ds.n_users,ds.n_items]), 0)
     dl = ResidentDL(Ratings(x.int(), y[:,None], ds.classes, ds.rating_name), bs=learn.dls.valid.bs)
     with learn.no_bar(): own = learn.get_preds(dl=dl)[0].reshape(-1)
     preds = {type(learn.model).__name__: own, **_mean_preds(learn.dls, x)}

@@ -105,7 +105,7 @@ def ridge_rows(
         res[b] = _ridge_block(O[others[at]], c[others[at]], ratings[at], within<n[b][:,None], prior, model.y_range, check_pos(n_steps, 'n_steps'))
     return res
 
-# %% ../nbs/10b_newcomers.ipynb #e8f21bb3
+# %% ../nbs/10b_newcomers.ipynb #2463e339
 def _bigger(model, role, n_new):
     "A copy of a model whose tables of one side have `n_new` more rows, each the mean of the known ones"
     new,n = copy.deepcopy(model),getattr(model, f'n_{role}s')+n_new
@@ -117,15 +117,21 @@ def _bigger(model, role, n_new):
     new.config = {**new.config, f'n_{role}s': n}
     return new
 
+def _loaders_like(dls, dss):
+    "Loaders of other rows, else the same"
+    res = type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)
+    res.unk,res.also_seen = dls.unk,dls.also_seen
+    return res
+
 def _with_rows(dls, classes, x, y):
     "Loaders like `dls`, with more ids and more training rows"
     a,b = dls.train_ds,dls.valid_ds
     w = None if a.w is None else torch.cat([a.w, a.w.new_ones(len(x))])
-    dss = (Ratings(torch.cat([a.x, x.int()]), torch.cat([a.y, y[:,None]]), classes, a.rating_name, w),
-           Ratings(b.x, b.y, classes, b.rating_name, b.w))
-    res = type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)
-    res.unk,res.also_seen = dls.unk,dls.also_seen
-    return res
+    dss = Ratings(torch.cat([a.x, x.int()]), torch.cat([a.y, y[:,None]]), classes, a.rating_name, w),b.recoded(classes)
+    fresh = dss[1].x[(dss[1].x!=b.x).any(1)].long()
+    n = torch.isin(fresh[:,0]*dss[1].n_items+fresh[:,1], x[:,0]*dss[1].n_items+x[:,1]).sum().item() if len(fresh) else 0
+    if n: warnings.warn(f"{n:,} of the rows are held-out rows of these loaders: `evaluate()` and `validate()` would judge the new ids by what they were made of; pass other rows as `split`", stacklevel=3)
+    return _loaders_like(dls, dss)
 
 def _more_ids(m, ids):
     "An `IdMap` with the ids that it lacks put behind its own"

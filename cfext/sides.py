@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_sides', 'encode_sides', 'SideProduct']
 
-# %% ../nbs/10d_sides.ipynb #25882189
+# %% ../nbs/10d_sides.ipynb #b793c351
 import warnings
 
 import numpy as np,pandas as pd
@@ -19,7 +19,7 @@ from .data import *
 from .models import *
 from .graph import *
 from .learner import *
-from .newcomers import _learner_like
+from .newcomers import _learner_like,_loaders_like
 
 # %% ../nbs/10d_sides.ipynb #cc99bad0
 def _bags(col, sep):
@@ -175,7 +175,7 @@ def from_dls(cls:SideProduct,
     for role,t in sides.items(): model.set_sides(role, t)
     return model
 
-# %% ../nbs/10d_sides.ipynb #d4a0df79
+# %% ../nbs/10d_sides.ipynb #d73d4e2d
 @patch
 def add_ids(self:CFLearner,
     features:pd.DataFrame, # a row an id, known ones among them or not, with the columns that the model was made with
@@ -197,7 +197,4 @@ def add_ids(self:CFLearner,
         state[f'{role}_{k}'] = torch.cat([state[f'{role}_{k}'], t.to(state[f'{role}_{k}'])])
     grown = SideProduct.restore({**model.config, f'n_{role}s':len(old)+len(fresh)}, state)
     classes = {**dls.classes, name:IdMap(old.ids.append(pd.Index(fresh[name])))}
-    dss = [Ratings(d.x, d.y, classes, d.rating_name, d.w) for d in (dls.train_ds,dls.valid_ds)]
-    res = type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)
-    res.unk,res.also_seen = dls.unk,dls.also_seen
-    return _learner_like(self, res, grown)
+    return _learner_like(self, _loaders_like(dls, [ds.recoded(classes) for ds in (dls.train_ds,dls.valid_ds)]), grown)
