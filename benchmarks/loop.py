@@ -133,7 +133,7 @@ def big(args):
         r = side_by_side({'fastai':fastai_epoch(df, bs, take=60), 'plain PyTorch':plain_epoch(df, bs), 'cfext':ours}, args.repeats)
         ps,ds = list(ours.learn.model.parameters()),ours.learn.dls.train_ds
         n_bytes = sum(p.numel() for p in ps)*4
-        moved = len(ours.learn.dls.train)*(7*n_bytes+bs*50*4*8) # gradient written; weights, gradient and averages read; weights and averages written; factors of the batch
+        moved = len(ours.learn.dls.train)*(8*n_bytes+bs*50*4*8) # gradient written; weights, gradient and averages read; weights and averages written; factors of the batch
         res[f'20M rows, bs {bs}'] = dict(**r, peak_mib=round(peak/2**20), data_mib=round(sum(o.numel()*o.element_size() for d in (ds, ours.learn.dls.valid_ds) for o in (d.x,d.y))/2**20),
             states_mib=round(4*n_bytes/2**20), copy_gib_s=round(copy_bandwidth()), share_of_copy_bandwidth=round(moved/2**30/r['seconds']['cfext']/copy_bandwidth(), 3))
     return res

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['opt_kind', 'step_columns', 'TensorStep', 'StepGraph', 'capture_hurdle', 'captured_epoch']
 
-# %% ../nbs/05a_capture.ipynb #5c127a58
+# %% ../nbs/05a_capture.ipynb #ab5b8f9f
 import math,time
 from contextlib import contextmanager
-from functools import partial
+from functools import cache,partial
 
 import numpy as np,torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from fastai.optimizer import (adam_step,average_grad,average_sqr_grad,l2_reg,mom
 from fastcore.all import *
 from .core import *
 from .data import *
-from .loop import _asks,_Books,lay_out
+from .negatives import *
+from .loop import _asks,_Books,_no_search,lay_out
 
 # %% ../nbs/05a_capture.ipynb #806b226d
 _steps = {weight_decay:'decay', l2_reg:'l2', average_sqr_grad:'sqr', step_stat:'count', sgd_step:'sgd', momentum_step:'momentum',
@@ -153,13 +154,25 @@ class StepGraph:
         for p in learn.model.parameters(): p.grad = None
         self.i += 1
 
-# %% ../nbs/05a_capture.ipynb #2dc752fe
+# %% ../nbs/05a_capture.ipynb #08e26e59
+@contextmanager
+def _recording(graph, params=(), gens=(), **kwargs):
+    "Capture what a block does as `graph`; where that fails, put back the stream, the random numbers and the gradients, which PyTorch leaves as in a capture"
+    cur = torch.cuda.current_stream()
+    try:
+        with _no_search(),torch.cuda.graph(graph, **kwargs): yield
+    except RuntimeError:
+        torch.cuda.set_stream(cur)
+        for g in (torch.cuda.default_generators[torch.cuda.current_device()], *gens): g.graphsafe_set_state(g.clone_state())
+        for p in params: p.grad = None
+        raise
+
 @patch
 def signature(self:StepGraph):
     "What must not have changed for a recording to be replayed"
     learn,opt = self.learn,self.learn.opt
     state = [t.data_ptr() for ps in opt.param_lists for p in ps for t in (p, *opt.state[p].values()) if isinstance(t, Tensor)]
-    groups = [(g, do_wd, len(ps)) for g,_,do_wd,ps in self.stepper.groups]
+    groups = [(g, do_wd, len(ps)) for g,_,do_wd,ps in TensorStep(opt).groups] # as they are now, not as they were
     own = [b.data_ptr() for b in learn.model.buffers()]+[self.ds.x.data_ptr(), len(self.ds), learn.dl.bs, len(learn.dl)]
     return id(learn.model),id(learn.loss_func),id(opt),learn.model.training,state,groups,own,[id(f.__self__) for fs in _asks(learn).values() for f in fs]
 
@@ -167,10 +180,9 @@ def signature(self:StepGraph):
 def record(self:StepGraph):
     "Capture the step as a CUDA graph, without running it"
     graph = torch.cuda.CUDAGraph()
-    for f in {f.__self__ for fs in self.asks.values() for f in fs}:
-        for gen in vars(f).values():
-            if isinstance(gen, torch.Generator) and gen.device.type=='cuda': graph.register_generator_state(gen)
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): self.step()
+    gens = [o for f in {f.__self__ for fs in self.asks.values() for f in fs} for o in vars(f).values() if isinstance(o, torch.Generator) and o.device.type=='cuda']
+    for gen in gens: graph.register_generator_state(gen)
+    with _recording(graph, list(self.learn.model.parameters()), gens, stream=torch.cuda.current_stream()): self.step()
     self.graph,self.sign = graph,self.signature()
 
 # %% ../nbs/05a_capture.ipynb #c09f7de6
@@ -193,12 +205,16 @@ def _captured(learn):
     learn._step_graph = StepGraph(learn)
     return learn._step_graph
 
-# %% ../nbs/05a_capture.ipynb #5c18cb88
+# %% ../nbs/05a_capture.ipynb #b9bbe46c
+@cache
+def _side(index): return torch.cuda.Stream(index) # one for all epochs: memory that was freed on a stream is used again on it alone
+
 @contextmanager
 def _aside(device):
     "Run a block on a stream of its own, where the device is a GPU"
     if device.type!='cuda': return (yield)
-    outer,own = torch.cuda.current_stream(device),torch.cuda.Stream(device)
+    outer = torch.cuda.current_stream(device)
+    own = _side(outer.device_index)
     own.wait_stream(outer)
     try:
         with torch.cuda.stream(own): yield
@@ -210,6 +226,9 @@ def captured_epoch(
     n_warm:int=3, # steps that are run before the recording
 ):
     "Train on the batches of `learn.dl` by replaying one captured step"
+    learn.loss_grad = learn.loss = learn.pred = None # what holds an earlier step's graph ties its gradients to the stream of that step
+    for cb in learn.cbs:
+        if isinstance(cb, Negatives): vars(cb).pop('pos', None)
     cuts = learn.dl.bounds()
     n = learn.n_iter = len(cuts)-1
     plan,sg = lay_out(learn, n),_captured(learn)
@@ -231,7 +250,7 @@ def captured_epoch(
 def _try(sg):
     "Record the step; say so once if it can't be done, and go on without"
     try: sg.record()
-    except (RuntimeError, torch.AcceleratorError) as e:
+    except RuntimeError as e:
         print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
         sg.learn.no_capture = True
     return False

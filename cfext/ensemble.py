@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_weights', 'Ensemble', 'MergedModel', 'NextItem', 'load_ensemble']
 
-# %% ../nbs/14c_ensemble.ipynb #cce56e1e
+# %% ../nbs/14c_ensemble.ipynb #0b98c5d7
 import json,shutil
 from contextlib import contextmanager
 from uuid import uuid4
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor,nn
 from fastai.learner import *
 from fastai.losses import *
+from fastai.torch_core import default_device
 from fastcore.all import *
 from .core import *
 from .data import *

@@ -170,7 +170,7 @@ def _mean_preds(dls, vx):
     return {'mean rating':mu.expand(len(vx)), 'user mean':mu+user[vx[:,0]], 'item mean':mu+item[vx[:,1]],
             'user and item means':mu+bi[vx[:,1]]+bu[vx[:,0]]}
 
-# %% ../nbs/10c_evaluation.ipynb #ba11a0d0
+# %% ../nbs/10c_evaluation.ipynb #63e45251
 def _split_rows(learn, split):
     "Codes (n,2), those of unknown items beyond `n_items`, ratings (n,) or None, and which rows have been seen by then"
     dls,ds = learn.dls,learn.dls.train_ds
@@ -193,7 +193,7 @@ def _split_rows(learn, split):
 def _rating_report(learn, x, y):
     "RMSE and MAE of the model and of means"
     ds = learn.dls.train_ds
-    x = x.masked_fill(x>=x.new_tensor([ds.n_users,ds.n_items]), 0)
+    x = torch.stack([x[:,0], x[:,1].masked_fill(x[:,1]>=ds.n_items, 0)], 1)
     dl = ResidentDL(Ratings(x.int(), y[:,None], ds.classes, ds.rating_name), bs=learn.dls.valid.bs)
     with learn.no_bar(): own = learn.get_preds(dl=dl)[0].reshape(-1)
     preds = {type(learn.model).__name__: own, **_mean_preds(learn.dls, x)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KernelSteps', 'kernel_ready', 'kernel_hurdle', 'kernel_epoch']
 
-# %% ../nbs/05d_kernels.ipynb #1c0767f0
+# %% ../nbs/05d_kernels.ipynb #56ec6107
 import weakref
 from collections import deque
 from functools import cache
@@ -20,6 +20,7 @@ from .data import *
 from .losses import *
 from .loop import _Books,_no_search,lay_out
 from .capture import *
+from .capture import _recording
 from .factors import *
 
 try: import triton,triton.language as tl
@@ -58,7 +59,7 @@ def _grad_kernel(at, j, m, bs, n_rows, stride, x, y, w, offset, P, Q, bu, bi, gP
         tl.atomic_add(gbu, c, mask=ok, sem='relaxed')
         tl.atomic_add(gbi, c, mask=ok, sem='relaxed')
 
-# %% ../nbs/05d_kernels.ipynb #93ce478c
+# %% ../nbs/05d_kernels.ipynb #8f9f85e5
 @_inline
 def _adam_block(p, m, v, g, n, row, pid, MODE:tl.constexpr, B:tl.constexpr, WHOLE:tl.constexpr):
     o = pid.to(tl.int64)*B+tl.arange(0, B)
@@ -77,7 +78,7 @@ def _adam_block(p, m, v, g, n, row, pid, MODE:tl.constexpr, B:tl.constexpr, WHOL
 
 @_inline
 def _adam(p, m, v, g, n, row, pid, MODE:tl.constexpr, B:tl.constexpr):
-    if pid*B+B<=n: _adam_block(p, m, v, g, n, row, pid, MODE, B, True)
+    if pid.to(tl.int64)*B+B<=n: _adam_block(p, m, v, g, n, row, pid, MODE, B, True)
     else: _adam_block(p, m, v, g, n, row, pid, MODE, B, False)
 
 @_jit
@@ -90,7 +91,7 @@ def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1
     elif pid<E2: _adam(p2+o, m2+o, v2+o, g2+o, n2, row+K2, pid-E1, M2, B)
     else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-E2, M3, B)
 
-# %% ../nbs/05d_kernels.ipynb #a1aacc0d
+# %% ../nbs/05d_kernels.ipynb #a20b93ee
 class KernelSteps:
     "Steps of Adam on the tables of K dot products, by two kernels each"
     block = 1024
@@ -153,7 +154,7 @@ def record(self:KernelSteps,
     if not self.records: return
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph): self.several(sizes)
+        with _recording(graph): self.several(sizes)
         return graph
     except RuntimeError as e:
         self.records = False

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_many']
 
-# %% ../nbs/14g_many.ipynb #2c1e2605
+# %% ../nbs/14g_many.ipynb #29cb7fe7
 import threading,time,warnings
 from collections import Counter
 from contextlib import contextmanager,suppress
@@ -24,7 +24,7 @@ from fastcore.all import *
 from fastprogress.fastprogress import progress_bar
 from .core import *
 from .data import *
-from .capture import _aside
+from .capture import _aside,_recording
 from .loop import *
 from .loop import _asks,_Books,_no_search,_OwnStep,_fused_kind
 from .learner import *
@@ -226,7 +226,7 @@ def _plans(learns, counts, known):
         res.append(res[j] if j<len(res) else lay_out(l, n))
     return res
 
-# %% ../nbs/14g_many.ipynb #b7a7783e
+# %% ../nbs/14g_many.ipynb #b9ac2a2f
 class _Replay:
     "The steps that all members make with full batches; rows, numbers and the step's own number lie on the device"
     def __init__(self, together, n):
@@ -265,7 +265,8 @@ class _Replay:
         "Capture the step as a CUDA graph, without running it"
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()): self.step()
+            S = self.together.stack
+            with _recording(graph, [] if S.dot else S.P.values(), stream=torch.cuda.current_stream()): self.step()
             self.graph = graph
         except RuntimeError as e:
             self.records = False

@@ -297,6 +297,11 @@ def test_bad_ensembles(df, members, tmp_path):
     with pytest.raises(ValueError, match="member 'lost' predicts NaN"): Ensemble(dict(ok=members[0], lost=lost)).predict(df)
     with pytest.raises(ValueError, match="was trained on 750 of these 1000 rows"): Ensemble(members).fit_weights(df)
 
+def test_in_turn_takes_the_default_device(df, members, monkeypatch):
+    import cfext.ensemble as e
+    monkeypatch.setattr(e, 'default_device', lambda: torch.device('cpu'))
+    torch.testing.assert_close(Ensemble(members, in_turn=True).get_preds(df)[0], Ensemble(members).get_preds(df)[0])
+
 def test_in_turn_leaves_models_where_they_were(df, members):
     ens = Ensemble(members, device='cpu', in_turn=True)
     assert torch.equal(ens.predict(df[:5])[1], Ensemble(members).predict(df[:5])[1])

@@ -460,3 +460,20 @@ def test_a_step_of_ones_own_is_run(capsys):
     before = learn.model.item_bias.clone()
     with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.05)
     assert torch.equal(before, learn.model.item_bias) and 'Own (_step)' in capsys.readouterr().out
+
+def test_a_recording_that_fails_is_put_back(monkeypatch):
+    from contextlib import contextmanager
+    from cfext.capture import _recording
+    class Gen:
+        def clone_state(self): return self,'fresh'
+        def graphsafe_set_state(self, o): put.append(o)
+    @contextmanager
+    def graph(g, **kwargs): yield
+    put,gens,p = [],(Gen(),Gen()),torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    for n,f in dict(graph=graph, current_stream=lambda: 'outer', set_stream=put.append, current_device=lambda: 0, default_generators=gens[:1]).items(): monkeypatch.setattr(torch.cuda, n, f)
+    with _recording(None, [p], gens[1:]): pass
+    assert put==[] and p.grad is not None
+    with pytest.raises(RuntimeError, match='not permitted'):
+        with _recording(None, [p], gens[1:]): raise RuntimeError("operation not permitted when stream is capturing")
+    assert put==['outer', *((g,'fresh') for g in gens)] and p.grad is None

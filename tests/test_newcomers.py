@@ -4,6 +4,7 @@ import warnings
 import numpy as np,pandas as pd,pytest,torch
 from cfext import *
 from cfext.newcomers import *
+from cfext.evaluation import _split_rows
 
 pytestmark = pytest.mark.usefixtures('quiet')
 
@@ -264,3 +265,34 @@ def test_ids_stay_what_they_were(shift):
     assert new.dls.classes['user'].ids.dtype==np.int64 and new.recommend([9001], k=1).user.tolist()==[9001] and len(new.recommend([7+shift], k=1))==1
     with pytest.raises(TypeError, match='such as 9001.5 among known ones that are whole numbers'): learn.fold_in(rows(9001.5))
     with pytest.raises(TypeError, match=r"such as '7' \(str\) among known ones such as"): learn.fold_in(rows('7'))
+
+def test_held_out_rows_of_newcomers_count_once_they_are_known(tmp_path):
+    df = synth_ratings(60, 40, 900)
+    cold = df.user.isin(range(1, 60, 6)).to_numpy()
+    late = cold&(np.arange(len(df))%2==0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dls = CFDataLoaders.from_df(df[~late], splitter=lambda d: (~d.user.isin(range(1, 60, 6)), d.user.isin(range(1, 60, 6))), seed=0, device='cpu')
+    learn = cf_learner(dls, n_factors=4, y_range=(.5,5.5), seed=0)
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 0.03)
+    assert learn.evaluate(k=5).counts['users_judged']==0
+    for l in (learn, load_bundle(learn.save_bundle(tmp_path/'b'), device='cpu')):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            new = l.fold_in(df[late])
+        got,want = (new.evaluate(k=5, split=o, exclude_seen=False) for o in ('valid', df[cold&~late]))
+        assert got.counts['users_judged']==10
+        pd.testing.assert_frame_equal(pd.DataFrame(got), pd.DataFrame(want))
+    assert not (new.dls.valid_ds.x==0).any() and (learn.dls.valid_ds.x[:,0]==0).all()
+    with pytest.warns(UserWarning, match='held-out rows of these loaders'): learn.fold_in(df[cold&~late])
+
+def test_one_unknown_item_is_one_right_answer():
+    train,later = pd.DataFrame(dict(user=list('uuvv'), item=list('abbc'))),pd.DataFrame(dict(user=list('uuu'), item=['N','N','c']))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dls = CFDataLoaders.from_df(pd.concat([train, later], ignore_index=True), rating_name=None, splitter=lambda d: (np.arange(4), np.arange(4, 7)), device='cpu')
+    learn = cf_learner(dls, Popularity(dls), loss_func=BPRLoss())
+    assert learn.evaluate(k=1).loc['Popularity','recall@1']==0.5 # of N and c
+    other = later.assign(item=['N','M','c'])
+    held = lambda d: HeldOut(learn.dls, _split_rows(learn, d)[0])
+    assert [len(held(d).targets[:,1].unique()) for d in (later, other)]==[2,3]
