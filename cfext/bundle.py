@@ -73,7 +73,7 @@ def _put(folder, stem, suffix, write):
         with whole_file(folder/name) as f: os.replace(tmp, f)
     return dict(name=name, sha256=sha)
 
-# %% ../nbs/14_bundle.ipynb #d95c7652
+# %% ../nbs/14_bundle.ipynb #45c956aa
 def _settings(learn, model):
     "What a learner's bundle says besides parameters and ids"
     ds,loss = learn.dls.train_ds,getattr(learn.loss_func, 'func', learn.loss_func)
@@ -95,7 +95,7 @@ def save_bundle(self:CFLearner,
     if path.is_file(): raise BundleError(f"{path} is a file; expected a folder, new or of a bundle: give another name")
     check_fits(self.model, self.dls)
     ids = {n: _ids_to_json(m.ids, n) for n,m in ds.classes.items()}
-    if history: ids['#held out'] = [_ids_to_json(pd.Index(s.tolist()), ds.cat_names[j]) for j,s in sorted(self.dls.valid_ds.unknown.items())]
+    if history and self.dls.valid_ds.unknown: ids['#held out'] = [_ids_to_json(pd.Index(s.tolist()), ds.cat_names[j]) for j,s in sorted(self.dls.valid_ds.unknown.items())]
     model = self.model if history else getattr(self.model, 'without_rows', lambda: self.model)()
     tensors = {f'model.{k}': v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     if history: tensors.update(_rows(self.dls))

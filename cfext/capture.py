@@ -154,14 +154,14 @@ class StepGraph:
         for p in learn.model.parameters(): p.grad = None
         self.i += 1
 
-# %% ../nbs/05a_capture.ipynb #08e26e59
+# %% ../nbs/05a_capture.ipynb #12fb1c30
 @contextmanager
 def _recording(graph, params=(), gens=(), **kwargs):
     "Capture what a block does as `graph`; where that fails, put back the stream, the random numbers and the gradients, which PyTorch leaves as in a capture"
     cur = torch.cuda.current_stream()
     try:
         with _no_search(),torch.cuda.graph(graph, **kwargs): yield
-    except RuntimeError:
+    except BaseException:
         torch.cuda.set_stream(cur)
         for g in (torch.cuda.default_generators[torch.cuda.current_device()], *gens): g.graphsafe_set_state(g.clone_state())
         for p in params: p.grad = None

@@ -393,7 +393,7 @@ class CFDataLoaders(DataLoaders):
         res.unk = unk
         return res
 
-# %% ../nbs/01b_data.ipynb #6bd46809
+# %% ../nbs/01b_data.ipynb #f3a459dd
 @patch(cls_method=True)
 def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     "`Ratings` of the rows marked in each of `masks`, coded by the ids of the first"
@@ -404,7 +404,7 @@ def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     for j,(col,arg) in enumerate(((user,'user_name'), (item,'item_name'))):
         codes,classes[col] = _encode_train(df[col], arg, train)
         x[:,j] = torch.from_numpy(codes)
-        if (out := np.flatnonzero(codes[valid]==0)).size: lost[j] = pd.Series(df[col].to_numpy()[valid][out], out, dtype=object)
+        if (out := np.flatnonzero(codes[valid]==0)).size: lost[j] = pd.Series(df[col].iloc[np.flatnonzero(valid)[out]].to_numpy(), out, dtype=object)
         if len(classes[col])<3:
             raise ValueError(f"`{arg}`={col!r} holds a single id, {plain(classes[col].ids[0])!r}, in the training rows: there is nothing to compare. "
                              "Check that this is the right column")
