@@ -4,7 +4,10 @@
 
 Time is that of the batch loop alone, runs interleaved, as the median of paired ratios. Memory is measured twice, since a CPU
 has no allocator that keeps a peak: bytes of the tensors that autograd saved for the backward pass at the worst moment
-(counted exactly, with hooks), and the growth of the process's peak resident size over a fit, each in a process of its own."""
+(counted exactly, with hooks), and the growth of the process's peak resident size over a fit, each in a process of its own.
+
+mlp, cnn and dot run in fastai's loop, whose cost a batch is in each time. `cf_learner` has loops of its own, without accumulation a
+faster one than with it: that row says what windows cost there, beside the same callback in fastai's loop."""
 import argparse,json,os,platform,statistics,subprocess,sys,time,weakref
 from pathlib import Path
 
@@ -15,6 +18,9 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 
 from cfext.callbacks import *
+from cfext.data import CFDataLoaders
+from cfext.learner import cf_learner
+from cfext.sources import synth_ratings
 from datetime import date # after the star imports, which bring a `datetime` of their own
 
 def mlp(): return nn.Sequential(nn.Linear(40,256), nn.ReLU(), nn.Linear(256,256), nn.ReLU(), nn.Linear(256,1))
@@ -58,6 +64,26 @@ def times(kind, bs, k, n, repeats):
     return dict(bs=bs, window=bs*k, rows=n, repeats=repeats, us_a_row={nm: round(statistics.median(v)/n*1e6, 3) for nm,v in ts.items()},
         ours_over_plain=ratio('ours','plain'), ours_over_big=ratio('ours','big'), ours_over_fastai=ratio('ours','fastai'),
         window_of_one_over_plain=ratio('ours_each_batch','plain'))
+
+def cf_times(bs=64, k=4, n=40_000, repeats=7):
+    "A learner for ratings: without accumulation, with it, and with it in fastai's loop"
+    df = synth_ratings(n_users=943, n_items=1682, n_ratings=n, seed=0)
+    def made(fast=None, cbs=None):
+        dls = CFDataLoaders.from_df(df, item_name='title', valid_pct=0.1, seed=42, bs=bs, device='cpu')
+        learn = cf_learner(dls, y_range=(0,5.5), seed=1, fast=fast, cbs=[Clock(), *L(cbs)])
+        learn.logger = noop
+        return learn.remove_cb(ProgressCallback)
+    learns = dict(plain=made(), ours=made(cbs=GradientAccumulator(bs*k)), ours_in_fastais_loop=made(False, GradientAccumulator(bs*k)),
+                  plain_in_fastais_loop=made(False))
+    ts = {nm: [] for nm in learns}
+    for i in range(repeats+1):
+        for nm,l in learns.items():
+            l.fit(1, 1e-3)
+            if i: ts[nm].append(l.clock.t)
+    ratio = lambda a,b: round(statistics.median([x/y for x,y in zip(ts[a], ts[b])]), 4)
+    rows = len(learns['plain'].dls.train_ds)
+    return dict(bs=bs, window=bs*k, rows=rows, repeats=repeats, us_a_row={nm: round(statistics.median(v)/rows*1e6, 3) for nm,v in ts.items()},
+                ours_over_plain=ratio('ours','plain'), fastais_loop_over_ours=ratio('ours_in_fastais_loop','ours'))
 
 def saved_bytes(kind, bs, cbs=None, n=512):
     "Most bytes that autograd held for backward passes at any one time"
@@ -111,6 +137,6 @@ if __name__=='__main__':
         command=f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS','')} python benchmarks/accumulate.py {' '.join(sys.argv[1:])}")
     res = json.loads(Path(a.out).read_text()) if a.out and Path(a.out).exists() else {}
     if 'memory' in a.part: res['memory'] = dict(**here, **memory())
-    if 'time' in a.part: res['time'] = dict(**here, mlp=times('mlp', 64, 4, 64*100, a.repeats), cnn=times('cnn', 16, 4, 16*20, a.repeats), dot=times('dot', 64, 4, 64*60, a.repeats))
+    if 'time' in a.part: res['time'] = dict(**here, mlp=times('mlp', 64, 4, 64*100, a.repeats), cnn=times('cnn', 16, 4, 16*20, a.repeats), dot=times('dot', 64, 4, 64*60, a.repeats), cf_learner=cf_times(repeats=max(1, a.repeats//3)))
     print(json.dumps(res, indent=1))
     if a.out: Path(a.out).write_text(json.dumps(res, indent=1)+'\n')

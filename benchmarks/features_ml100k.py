@@ -88,10 +88,10 @@ def select():
                       for kw in [dict(), dict(wd=.2)]])
     print(notes['dot'], flush=True)
     dot = min(notes['dot'], key=lambda o: o['rmse'])['params']
-    at = (50,100,200,400)
+    at = (50,100,200,400,800,1600)
     for name,(F,G) in sets(fit, val, dot).items():
         notes[name] = []
-        for kw in grid(leaves=[7,31]):
+        for kw in grid(leaves=[3,7,31,127]):
             for r,p in trees(F, fit.rating, G, at, **kw).items(): notes[name].append(dict(params=dict(at=[r], **kw), rmse=rmse(p, val)))
         print(name, min(notes[name], key=lambda o: o['rmse']), flush=True)
     return {k: min(v, key=lambda o: o['rmse'])['params'] for k,v in notes.items()},notes

@@ -26,11 +26,6 @@ from .negatives import *
 from .learner import *
 
 # %% ../nbs/07b_averaging.ipynb #2f6a5e86
-class _Lean(Callback):
-    "A callback whose work on a batch needs nothing of fastai's loop; on a GPU it does need the host, so there it is asked each time"
-    @property
-    def on_device(self): return torch.device(self.dls.device or 'cpu').type=='cpu'
-
 def _in_fit(cb): return not hasattr(cb.learn, 'lr_finder') and not hasattr(cb.learn, 'gather_preds')
 
 class _BatchOf(nn.Module):
@@ -48,9 +43,9 @@ def _swap(model, other, buffers):
             a.copy_(b)
             b.copy_(tmp)
 
-class _Averaged(_Lean):
+class _Averaged(Callback):
     "What `SWA` and `EMA` share: an `AveragedModel` beside the model, put in place when the fit has ended"
-    order,buffers,swapped,avg = 75,False,False,None
+    order,lean,buffers,swapped,avg = 75,True,False,False,None
     def before_fit(self):
         if self.swapped: self._exchange() # the last fit was interrupted before training went on
         self.avg = None
@@ -109,9 +104,9 @@ def with_weights(
 
 def _state(model): return {k: v.detach().to('cpu', copy=True) for k,v in model.state_dict().items()}
 
-class _Keeps(_Lean):
+class _Keeps(Callback):
     "What callbacks share that keep weights in `states`, from the first training batch of a fit on: a validation between fits leaves them alone"
-    order = 75
+    order,lean = 75,True
     def before_fit(self): self.fits,self.active = _in_fit(self),False
     def before_train(self):
         if not self.fits or self.active: return

@@ -122,6 +122,11 @@ class GradientAccumulator(Callback):
         self.losses,self.rows,self._window,self._steps = [],[],_Window(),0
 
     @property
+    def lean(self):
+        "Can `lean_epoch` run it? Not where schedules or windows follow progress, which is laid out before the epoch there"
+        return self.sched=='batch' and not callable(self.n_acc)
+
+    @property
     def learn(self):
         "The learner this callback is on"
         return self._learner

@@ -21,7 +21,7 @@ from fastcore.all import *
 from .core import *
 from .data import *
 from .negatives import *
-from .loop import _asks,_Books,_no_search,lay_out
+from .loop import _asks,_Books,_no_search,decides_on_host,lay_out
 
 # %% ../nbs/05a_capture.ipynb #806b226d
 _steps = {weight_decay:'decay', l2_reg:'l2', average_sqr_grad:'sqr', step_stat:'count', sgd_step:'sgd', momentum_step:'momentum',
@@ -196,6 +196,7 @@ def capture_hurdle(
     if not dl.resident: return "its rows stay in host memory"
     if dl.dataset.y is None: return "its rows have no targets"
     if opt_kind(learn.opt) is None: return f"the steps of its optimizer ({', '.join(getattr(o, '__name__', str(o)) for o in getattr(learn.opt, 'cbs', [type(learn.opt).__name__]))}) are not known"
+    if host := decides_on_host(learn): return f"these callbacks decide in Python: {', '.join(host)}"
     if any(isinstance(cb, MixedPrecision) and cb.amp_mode.value=='fp16' for cb in learn.cbs): return "float16 looks for overflow on the host; use to_bf16()"
 
 def _captured(learn):

@@ -100,7 +100,7 @@ class CFLearner(Learner):
             self._tell(f"fastai's loop runs, since these callbacks act on each batch: {why}")
             super().all_batches()
         except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
-    def _own_steps(self): return [n for n in ('one_batch','_do_one_batch','_do_grad_opt','_backward','_step') if getattr(type(self), n, None) is not getattr(Learner, n, None)]
+    def _own_steps(self): return [n for n in ('one_batch','_do_one_batch','_do_grad_opt','_backward','_step') if n in vars(self) or getattr(type(self), n, None) is not getattr(Learner, n, None)]
     def create_opt(self):
         if not any(p.requires_grad for p in self.model.parameters()): raise ValueError(f"{type(self.model).__name__} has nothing to train: its parameters are frozen, or it is a closed form and fitted already")
         super().create_opt()

@@ -127,12 +127,14 @@ def rows_touched(d):
 
 def accumulate(d):
     v = View('Gradient accumulation')
-    names = dict(plain='no accumulation', big='one big batch', ours='GradientAccumulator', fastai="fastai's GradientAccumulation", ours_each_batch='GradientAccumulator, window of one batch')
-    kinds = dict(mlp='A small network', cnn='A convolutional network', dot='A dot product')
+    names = dict(plain='no accumulation', big='one big batch', ours='GradientAccumulator', fastai="fastai's GradientAccumulation", ours_each_batch='GradientAccumulator, window of one batch',
+                 ours_in_fastais_loop="GradientAccumulator, fastai's loop", plain_in_fastais_loop="no accumulation, fastai's loop")
+    kinds = dict(mlp='A small network', cnn='A convolutional network', dot='A dot product', cf_learner='`cf_learner`')
     for k,o in (at(d, 'time') or {}).items():
         if not at(o, 'us_a_row'): continue
         v.parts.append(chart([Row(names.get(n, n), [s], ours=n=='ours') for n,s in o['us_a_row'].items()], f'{kinds.get(k, k)}, batches of {o["bs"]}, windows of {o["window"]}: time of a row', 'microseconds', bars=True, less=True))
-        v.held.append(Held(f'{kinds.get(k, k)}, microseconds a row', at(o, 'us_a_row', 'ours'), at(o, 'us_a_row', 'fastai'), "fastai's `GradientAccumulation`, paired runs", time=True))
+        other,what = ('ours_in_fastais_loop',"the same callback in fastai's loop") if k=='cf_learner' else ('fastai',"fastai's `GradientAccumulation`, paired runs")
+        v.held.append(Held(f'{kinds.get(k, k)}, microseconds a row', at(o, 'us_a_row', 'ours'), at(o, 'us_a_row', other), what, time=True))
     m = at(d, 'memory', 'saved_for_backward_mib') or {}
     shown = dict(small='small batches', accumulated='small batches, accumulated', big='one big batch')
     v.parts.append(chart([Row(shown.get(n, n), [s], ours=n=='accumulated') for n,s in m.items()], 'Memory kept for the backward pass, at most', 'MiB', bars=True, less=True))

@@ -10,7 +10,7 @@ from fastai.learner import *
 from fastai.losses import *
 from fastai.metrics import mae
 from fastai.optimizer import *
-from fastcore.all import L
+from fastcore.all import L,first
 from cfext import *
 from cfext.capture import StepGraph
 
@@ -479,3 +479,69 @@ def test_a_recording_that_fails_is_put_back(monkeypatch):
         with pytest.raises(type(err)):
             with _recording(None, [p], gens[1:]): raise err
         assert put==['outer', *((g,'fresh') for g in gens)] and p.grad is None
+
+@pytest.mark.parametrize('cb', [lambda: GradientAccumulator(200), lambda: GradientAccumulator(3, by='batches', log='window'), lambda: [GradientAccumulator(150), GradientClip(0.01)],
+                                lambda: EMA(), lambda: [GradientAccumulator(200), MixedPrecision(amp_mode=AMPMode.BF16)]])
+def test_callbacks_that_decide_in_python(cb, capsys):
+    "Windows and averages are those of fastai's loop, whose place the lean one takes; a recording is told of them"
+    learns = same(cbs=cb, opt_func=Adam, rtol=2e-2 if isinstance(cb(), list) and len(cb())>1 and isinstance(cb()[1], MixedPrecision) else 1e-5)
+    assert "fastai's loop runs" not in capsys.readouterr().out
+    assert 'decide in Python' in capture_hurdle_of(learns[1])
+    if hasattr(learns[0], 'gradient_accumulator'):
+        a,b = (l.gradient_accumulator for l in learns)
+        assert a.rows==b.rows and len(a.rows)<len(learns[0].dls.train)
+        assert [float(o) for o in a.losses]==pytest.approx([float(o) for o in b.losses], rel=2e-2)
+
+def test_windows_that_follow_progress_take_fastais_loop(capsys):
+    for kw in (dict(sched='step'), dict(n_acc=lambda p: 100)):
+        with (learn := make('lean', cbs=lambda: GradientAccumulator(**{'n_acc':100, **kw}))).no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+        assert "fastai's loop runs" in capsys.readouterr().out
+
+def test_each_event_reaches_a_callback_that_joins():
+    "A cancelled batch or step is told to whoever joined, in fastai's order"
+    class Joins(Callback):
+        order,lean = 70,True
+        def __init__(self): self.seen = []
+        def before_batch(self): self.note('before_batch', CancelBatchException, 1)
+        def after_cancel_batch(self): self.note('after_cancel_batch')
+        def before_backward(self): self.note('before_backward')
+        def after_backward(self): self.note('after_backward')
+        def before_step(self): self.note('before_step', CancelStepException, 3)
+        def after_cancel_step(self): self.note('after_cancel_step')
+        def after_step(self): self.note('after_step')
+        def after_batch(self): self.note('after_batch')
+        def note(self, what, err=None, at=None):
+            self.seen.append((self.iter,what))
+            if self.iter==at and err: raise err
+    ref,new = (fit(path, lambda l: l.fit(1, 0.01), cbs=Joins) for path in ('fastai','lean'))
+    assert ref.joins.seen==new.joins.seen and len({o for _,o in new.joins.seen})==8
+    assert len(ref.recorder.losses)==len(new.recorder.losses)==len(new.dls.train)
+
+def test_a_loss_may_give_up_a_batch():
+    class Picky(nn.Module):
+        n = 0
+        def forward(self, pred, y):
+            self.n += 1
+            if self.n==3: raise CancelBatchException
+            return ((pred-y)**2).mean()
+    learns = [fit(path, lambda l: l.fit(1, 0.01), loss_func=Picky()) for path in ('fastai','lean')]
+    a,b = (torch.stack([o.as_subclass(torch.Tensor) for o in l.recorder.losses]) for l in learns)
+    torch.testing.assert_close(a, b)
+    for p,q in zip(*(l.model.parameters() for l in learns)): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+def test_whoever_hears_everything_or_changes_the_learner_gets_fastais_loop(capsys):
+    class All(Callback):
+        def __init__(self): self.n = 0
+        def __call__(self, name): self.n += name=='after_batch'
+    learn = fit('lean', lambda l: l.fit(1, 0.01), cbs=All)
+    assert first(cb for cb in learn.cbs if type(cb) is All).n>=len(learn.dls.train) and "each event" in capsys.readouterr().out
+    learn,stepped = make('lean'),[]
+    learn._step = lambda: stepped.append(1)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+    assert len(stepped)==len(learn.dls.train) and '_step' in capsys.readouterr().out
+    learn,stepped = make('lean'),[]
+    learn.create_opt()
+    step = learn.opt.step
+    learn.opt.step = lambda: (stepped.append(1), step())
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+    assert len(stepped)==len(learn.dls.train)
