@@ -10,10 +10,12 @@ from fastai.callback.fp16 import MixedPrecision,AMPMode
 from fastai.callback.training import GradientClip
 from fastai.losses import BaseLoss,MSELossFlat
 from fastai.optimizer import *
-import cfext.capture,cfext.data,cfext.kernels,cfext.many
+from fastcore.basics import noop
+import cfext.capture,cfext.data,cfext.kernels,cfext.learner,cfext.many
 from cfext import *
 from cfext.capture import StepGraph,capture_hurdle
 from cfext.many import _Replay
+from cfext.negatives import SeenItems
 from stand_in import StandIn,gpu,move,move_learner,there
 
 if torch.cuda.is_available(): pytest.skip('a GPU is here, where the tests marked `cuda` run', allow_module_level=True)
@@ -146,6 +148,28 @@ def test_answers_are_the_processor_s(model, answer, stand_in):
         move_learner(far)
         assert all(p.is_cuda for p in far.model.parameters())
         same(expected, ask(far))
+
+streamed = dict(plain={}, weights=dict(weights=True), nn=dict(model='nn'), bpr=dict(ranks=True, loss=BPRLoss), popularity=dict(ranks=True, loss=SampledSoftmaxLoss, cbs=lambda: Negatives(5, 'popularity', seed=0)),
+                shared=dict(ranks=True, loss=BPRLoss, cbs=lambda: Negatives(5, shared=True, seed=0)), full=dict(ranks=True, loss=FullSoftmaxLoss))
+
+@pytest.mark.parametrize('case', streamed)
+def test_rows_that_stay_on_the_host(case, stand_in, monkeypatch, capsys):
+    "They take the written-out step where there is one, without the processor's way of drawing negatives"
+    took = []
+    for f in (factor_epoch,lean_epoch): monkeypatch.setattr(cfext.learner, f.__name__, lambda learn, f=f: took.append(f) or f(learn))
+    monkeypatch.setattr(cfext.data, '_ahead', map) # whose thread the stand-in does not reach
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
+    monkeypatch.setattr(SeenItems, 'draw', lambda self, users, n, gen=None: self.around(users, torch.rand(len(users), n, generator=gen, dtype=torch.float64).to(users.device)))
+    def ask(move=noop):
+        kwargs = streamed[case]
+        learn = learner(**{**kwargs, 'loss':kwargs.get('loss', MSELossFlat)(), 'cbs':kwargs.get('cbs', noop)()}, flat=True, seed=0, unk_p=0)
+        for dl in learn.dls.loaders: dl.resident = False
+        move(learn)
+        torch.manual_seed(1)
+        with learn.no_bar(),learn.no_logging(): return trained(learn)
+    near = ask()
+    with StandIn(): same(near, ask(move_learner))
+    assert took==[lean_epoch if case=='nn' else factor_epoch]*4 and capsys.readouterr().out.count('not captured: its rows stay in host memory')==1
 
 @pytest.mark.parametrize('weights', [False,True])
 def test_many_at_once(weights, stand_in, monkeypatch):
