@@ -171,6 +171,18 @@ def test_rows_that_stay_on_the_host(case, stand_in, monkeypatch, capsys):
     with StandIn(): same(near, ask(move_learner))
     assert took==[lean_epoch if case=='nn' else factor_epoch]*4 and capsys.readouterr().out.count('not captured: its rows stay in host memory')==1
 
+def test_rows_are_stepped_by_numbers(monkeypatch):
+    "A tensor of numbers of the host has to be copied to the device, which waits for it"
+    ps = [torch.nn.Parameter(torch.randn(9, k)) for k in (3,1)]
+    opt = RowAdam(ps, lr=0.1)
+    def made(*args, **kwargs): raise AssertionError("a tensor was made of numbers")
+    monkeypatch.setattr(torch, 'tensor', made)
+    for x in (torch.arange(4),torch.arange(2, 9)):
+        for p in ps: p.grad = torch.sparse_coo_tensor(x[None], torch.ones(len(x), p.shape[1]), p.shape, check_invariants=False)
+        opt.step()
+    opt.flush()
+    assert all(p.isfinite().all() for p in ps)
+
 @pytest.mark.parametrize('weights', [False,True])
 def test_many_at_once(weights, stand_in, monkeypatch):
     "Steps as they would be recorded"
