@@ -1,4 +1,5 @@
 "What a GPU would run. Steps as it would record them, on tensors without numbers: all lie on one device, and nothing is asked of it. The rest with a stand-in: the answers are those of the processor"
+import threading
 from contextlib import nullcontext
 from functools import partial
 
@@ -10,11 +11,12 @@ from fastai.callback.fp16 import MixedPrecision,AMPMode
 from fastai.callback.training import GradientClip
 from fastai.losses import BaseLoss,MSELossFlat
 from fastai.optimizer import *
+from fastai.torch_core import get_random_states,no_random
 from fastcore.basics import noop
 import cfext.capture,cfext.data,cfext.kernels,cfext.learner,cfext.many
 from cfext import *
 from cfext.capture import StepGraph,capture_hurdle
-from cfext.many import _Replay
+from cfext.many import _go_on,_Member,_Replay
 from cfext.negatives import SeenItems
 from stand_in import StandIn,gpu,move,move_learner,there
 
@@ -157,7 +159,8 @@ def test_rows_that_stay_on_the_host(case, stand_in, monkeypatch, capsys):
     "They take the written-out step where there is one, without the processor's way of drawing negatives"
     took = []
     for f in (factor_epoch,lean_epoch): monkeypatch.setattr(cfext.learner, f.__name__, lambda learn, f=f: took.append(f) or f(learn))
-    monkeypatch.setattr(cfext.data, '_ahead', map) # whose thread the stand-in does not reach
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: 'own')
+    monkeypatch.setattr(cfext.data, '_ahead', lambda f, xs, stream: map(f, xs)) # whose thread the stand-in does not reach
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
     monkeypatch.setattr(SeenItems, 'draw', lambda self, users, n, gen=None: self.around(users, torch.rand(len(users), n, generator=gen, dtype=torch.float64).to(users.device)))
     def ask(move=noop):
@@ -170,6 +173,17 @@ def test_rows_that_stay_on_the_host(case, stand_in, monkeypatch, capsys):
     near = ask()
     with StandIn(): same(near, ask(move_learner))
     assert took==[lean_epoch if case=='nn' else factor_epoch]*4 and capsys.readouterr().out.count('not captured: its rows stay in host memory')==1
+
+def test_threads_work_on_the_caller_s_stream(monkeypatch):
+    "One begins on the default stream, where it would not wait for what the caller has under way"
+    seen = []
+    for n,f in dict(is_initialized=lambda: True, current_stream=lambda device=None: 'own', set_stream=lambda s: seen.append((s, threading.get_ident()))).items(): monkeypatch.setattr(torch.cuda, n, f)
+    assert list(cfext.data._ahead(lambda x: (x, threading.get_ident()), [1,2], 'own'))==[(1,seen[0][1]),(2,seen[0][1])]
+    fits = []
+    with no_random(0): rng = get_random_states()
+    m = _Member(learner(), lambda: fits.append(threading.get_ident()), rng)
+    _go_on([m])
+    assert m.err is None and seen[0][0]==seen[1][0]=='own' and fits==[seen[1][1]] and all(t!=threading.get_ident() for _,t in seen)
 
 def test_rows_are_stepped_by_numbers(monkeypatch):
     "A tensor of numbers of the host has to be copied to the device, which waits for it"
