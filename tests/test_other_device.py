@@ -2,6 +2,7 @@
 import threading
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np,pandas as pd,pytest,torch
 import torch._dynamo # before the stand-in, which it would look at
@@ -173,6 +174,24 @@ def test_rows_that_stay_on_the_host(case, stand_in, monkeypatch, capsys):
     near = ask()
     with StandIn(): same(near, ask(move_learner))
     assert took==[lean_epoch if case=='nn' else factor_epoch]*4 and capsys.readouterr().out.count('not captured: its rows stay in host memory')==1
+
+def test_closed_forms_are_solved_in_larger_blocks(stand_in, monkeypatch):
+    "Each block is waited for, and a GPU has the room: 80 MiB or 1.3 GiB of systems, 64 MiB or 1 GiB of histories"
+    sizes,solve,f = [],torch.linalg.cholesky,64
+    monkeypatch.setattr(torch.linalg, 'cholesky', lambda A: sizes.append(A.shape[0]) or solve(A))
+    gen = torch.Generator().manual_seed(0)
+    starts,others,Q = torch.arange(0, 12_001, 10),torch.randint(0, 90, (12_000,), generator=gen),torch.randn(90, f, generator=gen)
+    def ask(put): return solve_rows(put(starts), put(others), put(Q), 0.1, 0.02)
+    near = ask(noop)
+    with StandIn(): same(near, ask(there))
+    assert sizes==[885,315,1200]
+    users = []
+    def rows(us):
+        users.append(len(us))
+        return torch.zeros(1, 500, device=us.device)
+    for at in ('cpu',gpu):
+        with StandIn(): EASE.gram(SimpleNamespace(n_users=80_000, n_items=500, items=torch.zeros(1, device=at), _rows=rows))
+    assert users==[33_554,33_554,12_892,80_000]
 
 def test_threads_work_on_the_caller_s_stream(monkeypatch):
     "One begins on the default stream, where it would not wait for what the caller has under way"
