@@ -75,8 +75,9 @@ class _ItemBased(CFModel):
         "Raise a `ValueError`: the histories are what it scores by"
         raise ValueError(f"{type(self).__name__} scores users by their rows, and is nothing without them; an IALS of the same loaders is something")
     def _rows(self, users, dtype=torch.float32): return history_rows(users, self.starts, self.items, self.n_items, dtype)
-    def gram(self, tile=1<<24):
+    def gram(self, tile=None):
         users = torch.arange(self.n_users, device=self.items.device)
+        tile = ifnone(tile, 1<<(24 if users.device.type=='cpu' else 28))
         G = torch.zeros(self.n_items, self.n_items, dtype=torch.float64, device=users.device)
         for us in users.split(max(1, tile//self.n_items)):
             X = self._rows(us)
@@ -129,17 +130,18 @@ def solve_rows(
     alpha0:float, # weight of all pairs
     lam:float, # penalty
     nu:float=1., # power of the count that the penalty is scaled by
-    tile:int=1<<22, # numbers gathered at a time
+    tile:int|None=None, # numbers gathered at a time; None: 4M on a CPU, 64M elsewhere
     weights:Tensor|None=None, # (m,) weight of each of `others`; None: each 1
 )->Tensor: # (n,f) the least-squares rows; zeros for a row that has nothing
     "Solve the rows of one side of iALS, in blocks of rows of similar length"
-    f,n = Q.shape[1],starts.diff()
+    f,n,tile = Q.shape[1],starts.diff(),ifnone(tile, 1<<(22 if Q.device.type=='cpu' else 26))
     A0,res = alpha0*(Q.T@Q),Q.new_zeros(len(n), Q.shape[1])
     order = n.argsort()
     order = order[n[order]>0]
     while len(order):
         wide = int(n[order[-1]])
-        rows,order = order[-max(1, tile//(wide*f+f*f)):],order[:-max(1, tile//(wide*f+f*f))]
+        m = max(1, min(tile//(wide*f+f*f), (1<<16)-1)) # as many as a GPU's batched solvers take
+        rows,order = order[-m:],order[:-m]
         at = starts[rows][:,None]+torch.arange(wide, device=Q.device)
         keep = torch.arange(wide, device=Q.device)<n[rows][:,None]
         at = at.clamp(max=len(others)-1)

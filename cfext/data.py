@@ -206,9 +206,9 @@ def bounds(self:ResidentDL)->list: # [0, bs, 2*bs, ..., n]: the row numbers at w
 def __len__(self:ResidentDL): return len(self.bounds())-1
 
 # %% ../nbs/01b_data.ipynb #5855bdd3
-def _ahead(f, xs):
-    "Yield `f(x)` for each of `xs`; the next one is being made by a thread meanwhile"
-    with ThreadPoolExecutor(1) as pool:
+def _ahead(f, xs, stream=None):
+    "Yield `f(x)` for each of `xs`; the next one is being made by a thread meanwhile, on a GPU's `stream`"
+    with ThreadPoolExecutor(1, initializer=stream and partial(torch.cuda.set_stream, stream)) as pool:
         todo = [pool.submit(f, x) for x in xs[:1]]
         for i in range(len(xs)):
             if i+1<len(xs): todo.append(pool.submit(f, xs[i+1]))
@@ -242,7 +242,8 @@ def blocks(self:ResidentDL):
     per = max(1, self.block//self.bs)
     parts = [cuts[s:s+per+1] for s in range(0, len(cuts)-1, per)]
     take = lambda c: self._take(slice(c[0], c[-1]) if in_order else idxs[c[0]:c[-1]])
-    for cut,ts in zip(parts, map(take, parts) if self.resident else _ahead(take, parts)): yield [c-cut[0] for c in cut],*ts
+    stream = torch.cuda.current_stream(self.device) if self.device.type=='cuda' and not self.resident else None
+    for cut,ts in zip(parts, map(take, parts) if self.resident else _ahead(take, parts, stream)): yield [c-cut[0] for c in cut],*ts
 
 @patch
 def __iter__(self:ResidentDL):

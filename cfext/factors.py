@@ -259,9 +259,10 @@ def _rated(learn):
         sizes = [b-a for a,b in zip(cuts, cuts[1:])]
         yield from zip(*(o.split(sizes) for o in cols if o is not None))
 
-def _ranked(learn, ahead=1<<16):
-    "Yield the batches of an epoch, as `PairGrad` takes them; the negatives of about `ahead` rows are drawn at once"
-    cb,scores = _negatives(learn),learn.model.score_pairs
+def _ranked(learn):
+    "Yield the batches of an epoch, as `PairGrad` takes them; the negatives of many rows are drawn at once"
+    cb,scores,far = _negatives(learn),learn.model.score_pairs,learn.dl.device.type=='cuda'
+    ahead = 1<<(20 if far else 16) # a GPU has the room, and is waited for once each time
     sampler,with_logq = cb.sampler,type(learn.loss_func).adjust is not RankingLoss.adjust
     own = sampler.how in ('uniform','popularity') and not sampler.shared
     for cuts,u,i,_,w in row_blocks(learn):
@@ -270,7 +271,7 @@ def _ranked(learn, ahead=1<<16):
             some = cuts[k:k+per+1]
             rows = slice(some[0], some[-1])
             neg,keep,logq = sampler.draw(torch.stack([u[rows],i[rows]], 1), cb.gen, scores, with_logq=with_logq)
-            if keep.all(): keep = None
+            if (own or not far) and keep.all(): keep = None
             for a,b in zip(some, some[1:]):
                 at,here = slice(a-some[0], b-some[0]),slice(a, b)
                 yield u[here],i[here],neg[at] if neg.ndim==2 else neg,None if keep is None else keep[at],None if logq is None else logq[at],None if w is None else w[here]

@@ -25,7 +25,7 @@ from .factors import *
 
 try: import triton,triton.language as tl
 except ImportError: triton,tl = None,SimpleNamespace(constexpr=int)
-_jit = noop if triton is None else triton.jit(do_not_specialize=['j','m','bs','n_rows','n_steps'])
+_jit = noop if triton is None else triton.jit(do_not_specialize='j m bs n_rows n_steps width n0 n1 n2 n3 e0 e1 e2'.split())
 _inline = noop if triton is None else triton.jit
 
 # %% ../nbs/05d_kernels.ipynb #c75be35d
@@ -82,14 +82,14 @@ def _adam(p, m, v, g, n, row, pid, MODE:tl.constexpr, B:tl.constexpr):
     else: _adam_block(p, m, v, g, n, row, pid, MODE, B, False)
 
 @_jit
-def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1, v1, g1, n1, p2, m2, v2, g2, n2, p3, m3, v3, g3, n3,
-                 K0:tl.constexpr, K1:tl.constexpr, K2:tl.constexpr, K3:tl.constexpr, M0:tl.constexpr, M1:tl.constexpr, M2:tl.constexpr, M3:tl.constexpr, E0:tl.constexpr, E1:tl.constexpr, E2:tl.constexpr, B:tl.constexpr):
+def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1, v1, g1, n1, p2, m2, v2, g2, n2, p3, m3, v3, g3, n3, e0, e1, e2,
+                 K0:tl.constexpr, K1:tl.constexpr, K2:tl.constexpr, K3:tl.constexpr, M0:tl.constexpr, M1:tl.constexpr, M2:tl.constexpr, M3:tl.constexpr, B:tl.constexpr):
     pid,k = tl.program_id(0),tl.program_id(1).to(tl.int64)
     row,o = nums+(k*n_steps+tl.load(at)+j)*width,k*stride
-    if pid<E0: _adam(p0+o, m0+o, v0+o, g0+o, n0, row+K0, pid, M0, B)
-    elif pid<E1: _adam(p1+o, m1+o, v1+o, g1+o, n1, row+K1, pid-E0, M1, B)
-    elif pid<E2: _adam(p2+o, m2+o, v2+o, g2+o, n2, row+K2, pid-E1, M2, B)
-    else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-E2, M3, B)
+    if pid<e0: _adam(p0+o, m0+o, v0+o, g0+o, n0, row+K0, pid, M0, B)
+    elif pid<e1: _adam(p1+o, m1+o, v1+o, g1+o, n1, row+K1, pid-e0, M1, B)
+    elif pid<e2: _adam(p2+o, m2+o, v2+o, g2+o, n2, row+K2, pid-e1, M2, B)
+    else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-e2, M3, B)
 
 # %% ../nbs/05d_kernels.ipynb #a20b93ee
 class KernelSteps:
@@ -138,8 +138,8 @@ def launch(self:KernelSteps,
         *pad(ts), *pad(gs), self.losses, float(lo), float(hi-lo), F=F, WIDE=wide, ROWS=rows, BIAS=len(ts)>2, RANGE=self.y_range is not None, WEIGHTS=self.w is not None)
     sets = pad(list(zip(ts, self.avgs, self.sqrs, gs, self.sizes)))
     n_cols = len(TensorStep.columns)
-    _adam_kernel[(self.ends[-1],K)](self.at, j, self.n_steps, self.stride, self.nums, n_cols*self.n_groups, *(o for s in sets for o in s),
-                                    *(n_cols*k for k in pad(self.numbers)), *pad(self.modes), *self.ends[:3], B=self.block)
+    _adam_kernel[(self.ends[-1],K)](self.at, j, self.n_steps, self.stride, self.nums, n_cols*self.n_groups, *(o for s in sets for o in s), *self.ends[:3],
+                                    *(n_cols*k for k in pad(self.numbers)), *pad(self.modes), B=self.block)
 
 @patch
 def several(self:KernelSteps, sizes):

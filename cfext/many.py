@@ -39,13 +39,13 @@ class _Member:
         self.learn,self.fit,self.rng = learn,fit,rng
         self.go,self.back = threading.Semaphore(0),threading.Semaphore(0)
         self.err,self.done,self.stopping,self.lost = None,False,False,False
-        self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self.stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
     def _run(self):
         self.go.acquire()
         try:
-            if self.gpu is not None: torch.cuda.set_device(self.gpu)
+            if self.stream is not None: torch.cuda.set_stream(self.stream) # a thread begins on the default one of the first GPU
             self.learn.all_batches = self._gate
             with self.learn.no_bar(),self.learn.no_logging(): self.fit()
         except BaseException as e: self.err = e

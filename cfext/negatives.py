@@ -183,13 +183,14 @@ class NegativeSampler:
         shared:bool=False, # for 'uniform' and 'popularity': the same negatives for all rows of a batch?
         seen:bool=True, # leave out all that a user has seen? False: only the row's own positive
         also:Tensor|None=None, # (m,2) further codes of user and item that count as seen
+        device=None, # where the batches lie; None: where the rows do
     ):
         self.how = check_choice(how, 'how', ('uniform','popularity','batch','hard'))
         self.n_neg = n_neg = (None if how=='batch' else 1) if n_neg is None else check_pos(n_neg, 'n_neg')
         self.pool,self.shared,self.seen = check_pos(pool, 'pool'),shared,seen
         if how=='hard' and pool<n_neg: raise ValueError(f"`pool`={pool} should be at least `n_neg`={n_neg}")
         if shared and how in ('batch','hard'): raise ValueError(f"`shared` goes with how='uniform' or 'popularity', not {how!r}")
-        x,n_items = ratings.x,ratings.n_items
+        x,n_items = ratings.x.to(device),ratings.n_items
         count = torch.bincount(x[:,1].long(), minlength=n_items)
         bits = min(40, 61-ratings.n_users.bit_length())
         self.weights = item_weights(count, {'popularity':alpha,'batch':1.}.get(how, 0.), bits)
@@ -265,7 +266,7 @@ def _setup(self:Negatives):
         raise ValueError(f"CCLLoss takes cosines, and {type(self.model).__name__} gives scores of any size: use cf_learner(dls, CosineProduct, ...)")
     n_neg = ifnone(self.n_neg, self.dls.train.bs if self.how=='batch' else loss.n_neg)
     if getattr(self, 'ds', None) is not ds or self.sampler.n_neg!=n_neg:
-        self.ds,self.sampler = ds,NegativeSampler(ds, n_neg, self.how, also=getattr(self.dls, 'also_seen', (None,))[0], **self.kwargs)
+        self.ds,self.sampler = ds,NegativeSampler(ds, n_neg, self.how, also=getattr(self.dls, 'also_seen', (None,))[0], device=self.dls.device, **self.kwargs)
     if isinstance(loss, WARPLoss): loss._there = ds.n_items-1
 
 # %% ../nbs/04a_negatives.ipynb #5ac2259e

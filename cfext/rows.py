@@ -47,7 +47,9 @@ def _rows(self:RowAdam, p, state, lr, mom, sqr_mom, eps, wd, **kwargs):
                                          sums=torch.zeros(len(p), 3, dtype=torch.float64, device=p.device))
     grad,total = p.grad.coalesce(),state['total']
     rows,g = grad.indices()[0],grad.values()
-    fade = (torch.tensor(total, device=p.device, dtype=torch.float64)-state['sums'][rows]).exp().to(p.dtype)
+    late = state['sums'][rows]
+    torch._foreach_sub_(late.unbind(1), total) # numbers: for a tensor of them, made on the host, a GPU would have to wait
+    fade = late.neg_().exp_().to(p.dtype)
     wd = wd if state.get('do_wd', True) else 0.
     n = state['step'] = state['step']+1
     m = state['grad_avg'][rows].mul_(fade[:,:1]*mom).add_(g, alpha=1-mom)
@@ -55,7 +57,7 @@ def _rows(self:RowAdam, p, state, lr, mom, sqr_mom, eps, wd, **kwargs):
     w = p[rows].mul_(fade[:,2:]*(1-lr*wd)).addcdiv_(m, (v/(1-sqr_mom**n)).sqrt_().add_(eps), value=-lr/(1-mom**n))
     for t,o in ((state['grad_avg'],m),(state['sqr_avg'],v),(p,w)): t[rows] = o
     state['total'] = [a+math.log(max(b, 1e-30)) for a,b in zip(total, (mom,sqr_mom,1-lr*wd))]
-    state['sums'][rows] = torch.tensor(state['total'], device=p.device, dtype=torch.float64)
+    for s,t in zip(state['sums'].unbind(1), state['total']): s.index_fill_(0, rows, t)
 
 @patch
 @torch.no_grad()

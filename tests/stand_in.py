@@ -74,7 +74,7 @@ def move_learner(learn, there=there):
         vars(m).update({k: there(v) for k,v in vars(m).items() if isinstance(v, torch.Tensor)})
     for cb in learn.cbs: move(cb, new, there)
     for dl in learn.dls.loaders:
-        move(dl.dataset, new, there)
+        if dl.resident: move(dl.dataset, new, there)
         dl.device = gpu
     learn.dls.device = gpu
     return new

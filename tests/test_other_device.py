@@ -1,6 +1,8 @@
 "What a GPU would run. Steps as it would record them, on tensors without numbers: all lie on one device, and nothing is asked of it. The rest with a stand-in: the answers are those of the processor"
+import threading
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np,pandas as pd,pytest,torch
 import torch._dynamo # before the stand-in, which it would look at
@@ -10,10 +12,13 @@ from fastai.callback.fp16 import MixedPrecision,AMPMode
 from fastai.callback.training import GradientClip
 from fastai.losses import BaseLoss,MSELossFlat
 from fastai.optimizer import *
-import cfext.capture,cfext.data,cfext.kernels,cfext.many
+from fastai.torch_core import get_random_states,no_random
+from fastcore.basics import noop
+import cfext.capture,cfext.data,cfext.kernels,cfext.learner,cfext.many
 from cfext import *
 from cfext.capture import StepGraph,capture_hurdle
-from cfext.many import _Replay
+from cfext.many import _go_on,_Member,_Replay
+from cfext.negatives import SeenItems
 from stand_in import StandIn,gpu,move,move_learner,there
 
 if torch.cuda.is_available(): pytest.skip('a GPU is here, where the tests marked `cuda` run', allow_module_level=True)
@@ -146,6 +151,70 @@ def test_answers_are_the_processor_s(model, answer, stand_in):
         move_learner(far)
         assert all(p.is_cuda for p in far.model.parameters())
         same(expected, ask(far))
+
+streamed = dict(plain={}, weights=dict(weights=True), nn=dict(model='nn'), bpr=dict(ranks=True, loss=BPRLoss), popularity=dict(ranks=True, loss=SampledSoftmaxLoss, cbs=lambda: Negatives(5, 'popularity', seed=0)),
+                shared=dict(ranks=True, loss=BPRLoss, cbs=lambda: Negatives(5, shared=True, seed=0)), full=dict(ranks=True, loss=FullSoftmaxLoss))
+
+@pytest.mark.parametrize('case', streamed)
+def test_rows_that_stay_on_the_host(case, stand_in, monkeypatch, capsys):
+    "They take the written-out step where there is one, without the processor's way of drawing negatives"
+    took = []
+    for f in (factor_epoch,lean_epoch): monkeypatch.setattr(cfext.learner, f.__name__, lambda learn, f=f: took.append(f) or f(learn))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: 'own')
+    monkeypatch.setattr(cfext.data, '_ahead', lambda f, xs, stream: map(f, xs)) # whose thread the stand-in does not reach
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
+    monkeypatch.setattr(SeenItems, 'draw', lambda self, users, n, gen=None: self.around(users, torch.rand(len(users), n, generator=gen, dtype=torch.float64).to(users.device)))
+    def ask(move=noop):
+        kwargs = streamed[case]
+        learn = learner(**{**kwargs, 'loss':kwargs.get('loss', MSELossFlat)(), 'cbs':kwargs.get('cbs', noop)()}, flat=True, seed=0, unk_p=0)
+        for dl in learn.dls.loaders: dl.resident = False
+        move(learn)
+        torch.manual_seed(1)
+        with learn.no_bar(),learn.no_logging(): return trained(learn)
+    near = ask()
+    with StandIn(): same(near, ask(move_learner))
+    assert took==[lean_epoch if case=='nn' else factor_epoch]*4 and capsys.readouterr().out.count('not captured: its rows stay in host memory')==1
+
+def test_closed_forms_are_solved_in_larger_blocks(stand_in, monkeypatch):
+    "Each block is waited for, and a GPU has the room: 80 MiB or 1.3 GiB of systems, 64 MiB or 1 GiB of histories"
+    sizes,solve,f = [],torch.linalg.cholesky,64
+    monkeypatch.setattr(torch.linalg, 'cholesky', lambda A: sizes.append(A.shape[0]) or solve(A))
+    gen = torch.Generator().manual_seed(0)
+    starts,others,Q = torch.arange(0, 12_001, 10),torch.randint(0, 90, (12_000,), generator=gen),torch.randn(90, f, generator=gen)
+    def ask(put): return solve_rows(put(starts), put(others), put(Q), 0.1, 0.02)
+    near = ask(noop)
+    with StandIn(): same(near, ask(there))
+    assert sizes==[885,315,1200]
+    users = []
+    def rows(us):
+        users.append(len(us))
+        return torch.zeros(1, 500, device=us.device)
+    for at in ('cpu',gpu):
+        with StandIn(): EASE.gram(SimpleNamespace(n_users=80_000, n_items=500, items=torch.zeros(1, device=at), _rows=rows))
+    assert users==[33_554,33_554,12_892,80_000]
+
+def test_threads_work_on_the_caller_s_stream(monkeypatch):
+    "One begins on the default stream, where it would not wait for what the caller has under way"
+    seen = []
+    for n,f in dict(is_initialized=lambda: True, current_stream=lambda device=None: 'own', set_stream=lambda s: seen.append((s, threading.get_ident()))).items(): monkeypatch.setattr(torch.cuda, n, f)
+    assert list(cfext.data._ahead(lambda x: (x, threading.get_ident()), [1,2], 'own'))==[(1,seen[0][1]),(2,seen[0][1])]
+    fits = []
+    with no_random(0): rng = get_random_states()
+    m = _Member(learner(), lambda: fits.append(threading.get_ident()), rng)
+    _go_on([m])
+    assert m.err is None and seen[0][0]==seen[1][0]=='own' and fits==[seen[1][1]] and all(t!=threading.get_ident() for _,t in seen)
+
+def test_rows_are_stepped_by_numbers(monkeypatch):
+    "A tensor of numbers of the host has to be copied to the device, which waits for it"
+    ps = [torch.nn.Parameter(torch.randn(9, k)) for k in (3,1)]
+    opt = RowAdam(ps, lr=0.1)
+    def made(*args, **kwargs): raise AssertionError("a tensor was made of numbers")
+    monkeypatch.setattr(torch, 'tensor', made)
+    for x in (torch.arange(4),torch.arange(2, 9)):
+        for p in ps: p.grad = torch.sparse_coo_tensor(x[None], torch.ones(len(x), p.shape[1]), p.shape, check_invariants=False)
+        opt.step()
+    opt.flush()
+    assert all(p.isfinite().all() for p in ps)
 
 @pytest.mark.parametrize('weights', [False,True])
 def test_many_at_once(weights, stand_in, monkeypatch):
