@@ -465,8 +465,8 @@ def encode_ids(self:CFDataLoaders,
     codes = m.encode(ids)
     if (codes==0).any():
         miss = pd.unique(pd.Series(ids, copy=False)[codes==0])
-        types = {type(plain(o)).__name__ for o in miss[:5]} - {type(o).__name__ for o in m.ids[:5].tolist()}
-        hint = f"; the known ids are {m.ids.dtype}, these are {', '.join(types)}" if types and len(miss)==len(pd.unique(pd.Series(ids, copy=False))) else ''
+        hint = kind_hint(miss, m.ids) if len(miss)==len(pd.unique(pd.Series(ids, copy=False))) else ''
+        hint = hint and f'; {hint}'
         if unk=='raise': raise UnknownIdError(role, miss, f"pass unk='na' (the trained unknown row) or unk='mean' (the mean of the known ones){hint}")
         warnings.warn(f"{int((codes==0).sum())} of {len(codes)} rows have an unknown {role} (first: {plain(miss[0])!r}), answered by unk={unk!r}{hint}", stacklevel=3)
     return torch.from_numpy(codes).long().to(self.device)

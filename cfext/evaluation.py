@@ -185,6 +185,7 @@ def _split_rows(learn, split):
         warnings.simplefilter('ignore')
         dl = dls.test_dl(split, with_labels=has, unk='na')
     x,lost = dl.dataset.x.long(),dl.dataset.x[:,1]==0
+    for j,(n,m) in enumerate(dls.classes.items()): check_kinds(split[n][(x[:,j]==0).cpu().numpy()], m.ids, f"column {n!r} of `split` holds ids")
     if lost.any():
         which = torch.from_numpy(pd.factorize(split[ds.item_name][lost.cpu().numpy()])[0]).to(x)
         x[lost,1] = torch.where(which<0, 0, dls.n_items+which) # no id at all is no item

@@ -134,9 +134,9 @@ def _with_rows(dls, classes, x, y):
     return _loaders_like(dls, dss)
 
 def _more_ids(m, ids):
-    "An `IdMap` with the ids that it lacks put behind its own"
-    fresh = pd.Index(pd.unique(pd.Series(ids)))
-    if fresh.isna().any(): raise ValueError(f"the rows hold {int(pd.isna(ids).sum())} missing ids: drop them first")
+    "An `IdMap` with the ids of a column that it lacks put behind its own"
+    fresh = pd.Index(pd.unique(ids))
+    if fresh.isna().any(): raise ValueError(f"{ids.name!r} holds {int(ids.isna().sum())} missing ids: drop them first")
     fresh = fresh[m.encode(fresh)==0]
     if is_integer_dtype(m.ids) and is_float_dtype(fresh): # the known ids would become floats too
         if (odd := fresh[fresh!=fresh.astype(np.int64)]).size: raise TypeError(f"new ids such as {plain(odd[0])!r} among known ones that are whole numbers, such as {plain(m.ids[0])!r}")
@@ -251,6 +251,7 @@ def fold_in(self:CFLearner,
     check_cols(interactions, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
     name,other,odd = ds.cat_names[j],ds.cat_names[1-j],('item','user')[j]
     known = ds.classes[other].encode(interactions[other])>0
+    check_kinds(interactions[other][~known], ds.classes[other].ids, f"column {other!r} holds ids")
     if not known.all(): warnings.warn(f"{int((~known).sum()):,} of {len(known):,} rows have an unknown {odd} and are left out", stacklevel=2)
     df = interactions[known]
     if not len(df): raise ValueError(f"no row is left to fold in: the {len(interactions)} rows name no known {odd}")

@@ -206,12 +206,14 @@ def id_pairs(
         own = [_as_index(v) for v in sets.values()]
         sets = pd.DataFrame({user: pd.Index(list(sets)).repeat([len(v) for v in own]), item: [i for v in own for i in v]})
     check_cols(sets, user_name=user, item_name=item)
+    check_kinds(sets[user], dls.classes[user].ids, "the sets are of users")
     left = pd.DataFrame({user: ids, '_row': np.arange(len(ids))})
     try: both = left.merge(sets[[user,item]], on=user) if len(sets) else left.iloc[:0].assign(**{item: []})
-    except ValueError: raise TypeError(f"the sets are of users such as {sets[user].iloc[0]!r}, and the users asked for are such as {plain(ids[0])!r}: give both as the same kind of value") from None
+    except ValueError: raise TypeError(f"the sets are of users such as {plain(sets[user].iloc[0])!r}, and the users asked for are such as {plain(ids[0])!r}: give both as the same kind of value") from None
     codes = dls.classes[item].encode(both[item])
-    if unk=='raise' and (codes==0).any(): raise UnknownIdError('item', pd.unique(both[item][codes==0]), "leave them out: what training has not seen has no score")
     keep = codes>0
+    check_kinds(both[item][~keep], dls.classes[item].ids, "the sets hold items")
+    if unk=='raise' and not keep.all(): raise UnknownIdError('item', pd.unique(both[item][~keep]), "leave them out: what training has not seen has no score")
     return tuple(torch.from_numpy(o[keep]).long().to(dls.device) for o in (both['_row'].to_numpy(), codes))
 
 # %% ../nbs/10_recommend.ipynb #725322c4
@@ -240,8 +242,10 @@ def _barred(dls, ids, exclude):
     "Pairs that the caller's `exclude` bars, or None; an item that training has not seen is barred anyway"
     if exclude is None: return None
     if isinstance(exclude, (dict,pd.DataFrame)): return id_pairs(dls, ids, exclude, 'na')
-    codes = torch.from_numpy(dls.classes[dls.item_name].encode(_as_index(exclude))).long().to(dls.device)
-    codes,n = codes[codes>0],len(ids)
+    m,exclude = dls.classes[dls.item_name],_as_index(exclude)
+    codes,n = m.encode(exclude),len(ids)
+    check_kinds(exclude[codes==0], m.ids, '`exclude` holds items')
+    codes = torch.from_numpy(codes[codes>0]).long().to(dls.device)
     return torch.arange(n, device=dls.device).repeat_interleave(len(codes)),codes.repeat(n)
 
 # %% ../nbs/10_recommend.ipynb #26b922c8
