@@ -15,6 +15,7 @@ from pandas.api.types import is_float_dtype,is_integer_dtype,is_numeric_dtype
 from fastcore.all import *
 from .core import *
 from .data import *
+from .data import _targets
 from .models import *
 from .losses import *
 from .negatives import *
@@ -119,19 +120,19 @@ def _bigger(model, role, n_new):
 
 def _loaders_like(dls, dss):
     "Loaders of other rows, else the same"
-    res = type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)
-    res.unk,res.also_seen = dls.unk,dls.also_seen
-    return res
+    return type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)._like(dls)
 
-def _with_rows(dls, classes, x, y):
-    "Loaders like `dls`, with more ids and more training rows"
-    a,b = dls.train_ds,dls.valid_ds
+def _with_rows(dls, new, low):
+    "Loaders like `dls`, with more ids and training rows `new`, and codes `low` (m,2) that count as seen where such rows do"
+    a,b,x = dls.train_ds,dls.valid_ds,new.x.long()
     w = None if a.w is None else torch.cat([a.w, a.w.new_ones(len(x))])
-    dss = Ratings(torch.cat([a.x, x.int()]), torch.cat([a.y, y[:,None]]), classes, a.rating_name, w),b.recoded(classes)
+    dss = Ratings(torch.cat([a.x, new.x]), torch.cat([a.y, new.y]), new.classes, a.rating_name, w),b.recoded(new.classes)
     fresh = dss[1].x[(dss[1].x!=b.x).any(1)].long()
     n = torch.isin(fresh[:,0]*dss[1].n_items+fresh[:,1], x[:,0]*dss[1].n_items+x[:,1]).sum().item() if len(fresh) else 0
     if n: warnings.warn(f"{n:,} of the rows are held-out rows of these loaders: `evaluate()` and `validate()` would judge the new ids by what they were made of; pass other rows as `split`", stacklevel=3)
-    return _loaders_like(dls, dss)
+    res,also = _loaders_like(dls, dss),dls.also_seen
+    if also[0] is not None: res.also_seen = (torch.cat([also[0], low.to(also[0])]), also[1])
+    return res
 
 def _more_ids(m, ids):
     "An `IdMap` with the ids of a column that it lacks put behind its own"
@@ -224,13 +225,18 @@ def _learner_like(learn, dls, model):
                       metrics=list(learn.metrics), path=learn.path, cbs=cbs)
 
 # %% ../nbs/10b_newcomers.ipynb #8f5eb99a
-def _codes(self, df, classes):
-    "Codes (n,2) and ratings (n,) of rows"
-    ds = self.dls.train_ds
-    x = torch.stack([torch.from_numpy(classes[n].encode(df[n])).long() for n in ds.cat_names], 1).to(self.dls.device)
-    y = torch.ones(len(df)) if ds.rating_name is None else torch.from_numpy(df[ds.rating_name].to_numpy(np.float32))
-    if not y.isfinite().all(): raise ValueError(f"{ds.rating_name!r} holds {int((~y.isfinite()).sum())} missing or infinite values")
-    return x,y.to(self.dls.device)
+def _new_rows(dls, df, names):
+    "New rows as `Ratings`, with what is new in the columns `names`, and codes (m,2) of rows that `positives` would set aside"
+    ds,least = dls.train_ds,dls.at_least
+    y = torch.ones(len(df)) if ds.rating_name is None else _targets(df[ds.rating_name], 'rating_name')
+    ok = y>=ifnone(least, -torch.inf)
+    if not ok.any(): raise ValueError(f"none of the {len(df)} rows has a rating of at least {least:g}, below which rows of these loaders are no choices (`positives`)")
+    if least is not None: y = torch.ones(len(df))
+    classes = {n: _more_ids(m, df[n][ok.numpy()]) if n in names else m for n,m in ds.classes.items()}
+    x = torch.stack([torch.from_numpy(classes[n].encode(df[n])) for n in ds.cat_names], 1)
+    for j,n in enumerate(ds.cat_names):
+        if lost := df[n][(x[:,j]==0).numpy()].nunique(): warnings.warn(f"new {('users','items')[j]} without a row rated at least {least:g} are left out: {lost:,}", stacklevel=3)
+    return Ratings(x[ok], y[ok,None], classes, ds.rating_name).to(dls.device),x[~ok&(x>0).all(1)].to(dls.device)
 
 @patch
 def fold_in(self:CFLearner,
@@ -255,9 +261,8 @@ def fold_in(self:CFLearner,
     if not known.all(): warnings.warn(f"{int((~known).sum()):,} of {len(known):,} rows have an unknown {odd} and are left out", stacklevel=2)
     df = interactions[known]
     if not len(df): raise ValueError(f"no row is left to fold in: the {len(interactions)} rows name no known {odd}")
-    classes = {**ds.classes, name: _more_ids(ds.classes[name], df[name])}
-    x,y = _codes(self, df, classes)
-    dls,new = _with_rows(self.dls, classes, x, y),_bigger(model, role, len(classes[name])-len(ds.classes[name]))
+    rows,low = _new_rows(self.dls, df, (name,))
+    x,dls,new = rows.x.long(),_with_rows(self.dls, rows, low),_bigger(model, role, len(rows.classes[name])-len(ds.classes[name]))
     if how=='steps': _descend(self, new, dls, {role: x[:,j].unique()}, epochs, lr, seed)
     else:
         prior = (prior or RowPrior(model, ds, role)) if how=='ridge' else None
@@ -283,9 +288,8 @@ def partial_fit(self:CFLearner,
     how,old = _kind(self, model, how),model
     check_cols(rows, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
     if not len(rows): raise ValueError("`rows` is an empty frame: there is nothing to learn from")
-    classes = {n: _more_ids(ds.classes[n], rows[n]) for n in ds.cat_names}
-    x,y = _codes(self, rows, classes)
-    dls,todo,solved = _with_rows(self.dls, classes, x, y),{},{}
+    new,low = _new_rows(self.dls, rows, ds.cat_names)
+    x,classes,dls,todo,solved = new.x.long(),new.classes,_with_rows(self.dls, new, low),{},{}
     for j,(role,n) in enumerate(zip(('user','item'), ds.cat_names)):
         model,had = _bigger(model, role, len(classes[n])-len(ds.classes[n])),len(ds.classes[n])
         solved[role] = torch.arange(len(classes[n]), device=x.device)<had
