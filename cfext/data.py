@@ -354,7 +354,7 @@ def _fits(dss, device):
 
 class CFDataLoaders(DataLoaders):
     "Training and validation `ResidentDL`s over one table of interactions"
-    unk = 'raise'
+    unk,weight_name = 'raise',None
     @classmethod
     def from_df(cls,
         ratings:pd.DataFrame, # one row an interaction
@@ -390,7 +390,7 @@ class CFDataLoaders(DataLoaders):
         kw = dict(device=device, resident=_fits(dss, device) if resident is None else resident)
         res = cls(ResidentDL(dss[0], bs=bs, shuffle=True, drop_last=drop_last, by_user=by_user, seed=seed, **kw), ResidentDL(dss[1], bs=val_bs, **kw),
                   path=path, device=device)
-        res.unk = unk
+        res.unk,res.weight_name = unk,weight_name
         return res
 
 # %% ../nbs/01b_data.ipynb #f3a459dd

@@ -319,7 +319,7 @@ CFDataLoaders.also_seen,CFDataLoaders.at_least = (None,None),None
 @patch
 def _like(self:CFDataLoaders, other):
     "Take over what other loaders know besides their rows; return these"
-    for k in ('unk','also_seen','at_least'): setattr(self, k, getattr(other, k))
+    for k in ('unk','weight_name','also_seen','at_least'): setattr(self, k, getattr(other, k))
     return self
 
 @patch

@@ -262,6 +262,40 @@ def test_rows_below_the_threshold_of_positives_are_no_choices(fit, tmp_path):
             assert got.dls.classes['user'].encode([u])[0]==0
     assert a.dls.at_least==inner_loaders(dls).at_least==4 and dls.positives(1).at_least==4
 
+def weighted(how, w):
+    df = synth_ratings(100, 60, 2500).assign(w=w)
+    dls = CFDataLoaders.from_df(df[df.user<=80], item_name='title', rating_name='rating' if how=='ridge' else None, weight_name=None if w is None else 'w', seed=0, device='cpu', bs=64)
+    if how=='ials': return cf_learner(dls, IALS(dls, 4, n_iter=2)),df[df.user>80]
+    learn = cf_learner(dls, n_factors=3, y_range=(0.5,5.5) if how=='ridge' else None, loss_func=BPRLoss() if how=='steps' else None, cbs=[Negatives(2, seed=0)] if how=='steps' else None, seed=0)
+    torch.manual_seed(0)
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.03)
+    return learn,df[df.user>80]
+
+@pytest.mark.parametrize('fit', ['fold_in','partial_fit'])
+@pytest.mark.parametrize('how', ['ridge','ials','steps'])
+def test_weights_of_newcomers_rows(how, fit, tmp_path):
+    (plain,new),(learn,_) = weighted(how, None),weighted(how, 1. if how=='ials' else 3.)
+    if how!='ials': learn.model.load_state_dict(plain.model.state_dict())
+    go,own = lambda l,df: getattr(l, fit)(df, epochs=3),lambda l: l.model.user_factors.detach()[plain.dls.n_users:]
+    usual = 1. if how=='ials' else 3.
+    base = own(go(plain, new))
+    torch.testing.assert_close(own(go(learn, new.assign(w=usual))), base, atol=1e-4, rtol=1e-3)
+    heavy = own(go(learn, new.assign(w=40*usual)))
+    assert not torch.allclose(heavy, base, atol=1e-2)
+    torch.testing.assert_close(own(go(load_bundle(learn.save_bundle(tmp_path/'b'), device='cpu'), new.assign(w=40*usual))), heavy, atol=1e-4, rtol=1e-3)
+    if how=='ridge': # a row of double weight is the row twice
+        twice = own(go(plain, pd.concat([new, new])))
+        torch.testing.assert_close(own(go(learn, new.assign(w=6.))), twice, atol=1e-4, rtol=1e-3)
+    if how=='ials': # against what the training solves with these weights
+        rows = CFDataLoaders.from_df(pd.concat([new,new]).assign(w=40.), item_name='title', rating_name=None, weight_name='w', valid_pct=0, device='cpu')
+        u,m = rows.classes['user'].ids,learn.model
+        x = torch.stack([rows.train_ds.x[:,0].long(), torch.from_numpy(learn.dls.classes['title'].encode(rows.classes['title'].decode(rows.train_ds.x[:,1]))).long()], 1)
+        n = len(u)+1,m.n_items
+        want = solve_rows(*user_histories(x, *n), m.item_factors.detach(), *(m.config[k] for k in ('alpha0','lam','nu')), weights=pair_weights(x, rows.train_ds.w, *n))[1:]
+        if fit=='fold_in': torch.testing.assert_close(heavy[go(learn, new.assign(w=1.)).dls.classes['user'].encode(u)-learn.dls.n_users], want, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="`weight_name`='w' is not a column"): getattr(learn, fit)(new.drop(columns='w'))
+    with pytest.raises(ValueError, match="`weight_name`='w' should be at least 0 .* here it runs from -1 to -1"): go(learn, new.assign(w=-1.))
+
 def test_later_rows_below_the_threshold_of_positives_are_no_right_answers():
     df = synth_ratings(80, 60, 2000)
     rated = CFDataLoaders.from_df(df[:1500], item_name='title', seed=0, device='cpu', bs=64)
