@@ -188,7 +188,9 @@ def cat_features(
     "Make features of users or items from a table"
     check_cols(table, **{f'cols[{j}]':c for j,c in enumerate(cols)})
     if not table.index.is_unique: raise ValueError(f"the index of `table` repeats {plain(table.index[table.index.duplicated()][0])!r}: it should hold each {role} once")
-    x = pd.get_dummies(table[cols]).astype('float32').reindex(dls.classes[dls.cat_names[check_choice(role, 'role', ('user','item'))=='item']].ids).fillna(0)
+    ids = dls.classes[dls.cat_names[check_choice(role, 'role', ('user','item'))=='item']].ids
+    check_kinds(table.index[~table.index.isin(ids)], ids, "the index of `table` holds ids")
+    x = pd.get_dummies(table[cols]).astype('float32').reindex(ids).fillna(0)
     return torch.cat([torch.zeros(1, x.shape[1]), torch.tensor(x.to_numpy(copy=True))]).to(dls.device)
 
 # %% ../nbs/07b_averaging.ipynb #d2e93ffe

@@ -81,6 +81,7 @@ def _settings(learn, model):
     more = dict(loss_args=loss.config) if isinstance(loss, RankingLoss) else dict(loss_args=dict(thresh=t)) if (t := getattr(learn.loss_func, 'thresh', None)) is not None else {}
     negs = [dict(n_neg=cb.n_neg, how=cb.how, seed=cb.seed, **cb.kwargs) for cb in learn.cbs if isinstance(cb, Negatives)]
     if negs: more['negatives'] = negs[0]
+    more.update({k: v for k in ('at_least','weight_name') if (v := getattr(learn.dls, k)) is not None})
     return dict(model=dict(name=type(model).__name__, config=getattr(model, 'config', None)), loss=type(loss).__name__, **more, unk=learn.dls.unk,
                 unk_p=drop[0] if drop else 0, bs=learn.dls.train.bs, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
 
@@ -148,6 +149,7 @@ def _manifest(path):
     _want(d, where, format=int)
     if d['format']>bundle_format:
         raise BundleError(f"{path} has format {d['format']}, this version of cfext reads up to {bundle_format}: upgrade cfext")
+    _want({'at_least':None, 'weight_name':None, **d}, where, at_least=int|float|None, weight_name=str|int|float|None)
     _want(d, where, files=dict, model=dict, loss=str, unk=str, unk_p=int|float, bs=int, user_name=str|int|float, item_name=str|int|float, rating_name=str|int|float|None)
     _want(d['model'], f"{where}, 'model'", name=str, config=dict|None)
     _want(d['files'], f"{where}, 'files'", tensors=dict, ids=dict)
@@ -194,5 +196,6 @@ def load_bundle(
     dls = CFDataLoaders(ResidentDL(dss[0], bs=d['bs'], shuffle=True, device=device),
                         ResidentDL(dss[1], bs=max(d['bs'], 8192), device=device), path=path, device=device)
     dls.unk,dls.also_seen = d['unk'],(t.get('train.also'), t.get('valid.also'))
+    dls.at_least,dls.weight_name = d.get('at_least'),d.get('weight_name')
     with _told(f"`Negatives` does not take {d.get('negatives')!r}"): cbs = [Negatives(**d['negatives'])] if 'negatives' in d else None
     return cf_learner(dls, model, loss_func=loss_func, unk_p=d['unk_p'], cbs=cbs)

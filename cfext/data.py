@@ -355,7 +355,7 @@ def _fits(dss, device):
 
 class CFDataLoaders(DataLoaders):
     "Training and validation `ResidentDL`s over one table of interactions"
-    unk = 'raise'
+    unk,weight_name = 'raise',None
     @classmethod
     def from_df(cls,
         ratings:pd.DataFrame, # one row an interaction
@@ -391,7 +391,7 @@ class CFDataLoaders(DataLoaders):
         kw = dict(device=device, resident=_fits(dss, device) if resident is None else resident)
         res = cls(ResidentDL(dss[0], bs=bs, shuffle=True, drop_last=drop_last, by_user=by_user, seed=seed, **kw), ResidentDL(dss[1], bs=val_bs, **kw),
                   path=path, device=device)
-        res.unk = unk
+        res.unk,res.weight_name = unk,weight_name
         return res
 
 # %% ../nbs/01b_data.ipynb #f3a459dd
@@ -466,8 +466,8 @@ def encode_ids(self:CFDataLoaders,
     codes = m.encode(ids)
     if (codes==0).any():
         miss = pd.unique(pd.Series(ids, copy=False)[codes==0])
-        types = {type(plain(o)).__name__ for o in miss[:5]} - {type(o).__name__ for o in m.ids[:5].tolist()}
-        hint = f"; the known ids are {m.ids.dtype}, these are {', '.join(types)}" if types and len(miss)==len(pd.unique(pd.Series(ids, copy=False))) else ''
+        hint = kind_hint(miss, m.ids) if len(miss)==len(pd.unique(pd.Series(ids, copy=False))) else ''
+        hint = hint and f'; {hint}'
         if unk=='raise': raise UnknownIdError(role, miss, f"pass unk='na' (the trained unknown row) or unk='mean' (the mean of the known ones){hint}")
         warnings.warn(f"{int((codes==0).sum())} of {len(codes)} rows have an unknown {role} (first: {plain(miss[0])!r}), answered by unk={unk!r}{hint}", stacklevel=3)
     return torch.from_numpy(codes).long().to(self.device)

@@ -377,6 +377,7 @@ def as_learner(self:Ensemble,
         if any(lists.values()) or not len(l0.dls.valid_ds): raise ValueError("the members have no validation rows of users and items to share: pass a frame as `split`")
         for n,l in rest: _same_rows(n0, _held_out(l0, 1), n, _held_out(l, 1), 'split')
     dls,maps = _union_dls(learns, hold_out)
+    dls.at_least = getattr(learns[0].dls, 'at_least', None)
     dls.unk = getattr(learns[0].dls, 'unk', 'raise')
     dev = (default_device() if self.device is None else self.device) if self.in_turn else None
     model = MergedModel([NextItem(l) if _nexts(l) else l.model for l in learns], maps, self.merge, self.method=='rank', dev)

@@ -172,23 +172,29 @@ def _mean_preds(dls, vx):
 
 # %% ../nbs/10c_evaluation.ipynb #63e45251
 def _split_rows(learn, split):
-    "Codes (n,2), those of unknown items beyond `n_items`, ratings (n,) or None, and which rows have been seen by then"
+    "Codes (n,2), those of unknown items beyond `n_items`, ratings (n,) or None, which rows have been seen by then, and what was left out"
     dls,ds = learn.dls,learn.dls.train_ds
     if isinstance(split, str):
         check_choice(split, 'split', ('valid',))
         if not len(dls.valid_ds): raise ValueError("there are no validation rows to evaluate on: make the loaders with `valid_pct` or a `splitter`, or pass a frame as `split`")
-        return dls.valid_ds.numbered(),None if ds.rating_name is None else dls.valid_ds.y[:,0],'train'
+        return dls.valid_ds.numbered(),None if ds.rating_name is None else dls.valid_ds.y[:,0],'train',{}
     has = ds.rating_name is not None and ds.rating_name in split
     check_cols(split, user_name=ds.user_name, item_name=ds.item_name)
     if not len(split): raise ValueError("`split` is an empty frame: there is nothing to evaluate on")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         dl = dls.test_dl(split, with_labels=has, unk='na')
-    x,lost = dl.dataset.x.long(),dl.dataset.x[:,1]==0
+    x,y,left = dl.dataset.x.long(),dl.dataset.y[:,0] if has else None,{}
+    if has and dls.at_least is not None:
+        ok = y>=dls.at_least
+        if not ok.any(): raise ValueError(f"no row of `split` has a rating of at least {dls.at_least:g}, below which rows of these loaders are no choices (`positives`)")
+        x,y,split,left = x[ok],torch.ones_like(y[ok]),split[ok.cpu().numpy()],dict(rows_rated_lower=int((~ok).sum()))
+    for j,(n,m) in enumerate(dls.classes.items()): check_kinds(split[n][(x[:,j]==0).cpu().numpy()], m.ids, f"column {n!r} of `split` holds ids")
+    lost = x[:,1]==0
     if lost.any():
         which = torch.from_numpy(pd.factorize(split[ds.item_name][lost.cpu().numpy()])[0]).to(x)
         x[lost,1] = torch.where(which<0, 0, dls.n_items+which) # no id at all is no item
-    return x,dl.dataset.y[:,0] if has else None,'all'
+    return x,y,'all',left
 
 def _rating_report(learn, x, y):
     "RMSE and MAE of the model and of means"
@@ -260,12 +266,12 @@ def evaluate(self:CFLearner,
     "Judge ratings and lists on rows that the model was not fitted to, beside baselines"
     dls,k,name = self.dls,check_pos(k, 'k'),type(self.model).__name__
     check_fits(self.model, dls)
-    x,y,seen = _split_rows(self, split)
+    x,y,seen,left = _split_rows(self, split)
     held = HeldOut(dls, x, seen if exclude_seen else None)
     kw,ranked,suffix = _protocol(self, held, seen if exclude_seen else None, candidates, n_sampled, seed)
     rates = getattr(self.model, 'rates', True) and not isinstance(self.loss_func, RankingLoss)
     res = _rating_report(self, x, y) if rates and y is not None else pd.DataFrame(index=[name])
-    counts = dict(held.counts)
+    counts = {**held.counts, **left}
     for n,m in {name: self.model, **_beside(dls, baselines, name)}.items():
         if not len(held.users): break
         vals,more = judge(self if m is self.model else SimpleNamespace(model=m.to(dls.device), dls=dls), held, k, tuple(measures),
@@ -314,7 +320,7 @@ def compare(self:CFLearner,
     if not (same and torch.equal(rows[0][0].cpu(), rows[1][0].cpu())):
         raise ValueError("the two learners have other ids or other validation rows: make both from the same loaders, or with the same frame and seed")
     vals = []
-    for l,(x,_,seen) in zip((self,other), rows):
+    for l,(x,_,seen,_) in zip((self,other), rows):
         seen = seen if exclude_seen else None
         vals.append(judge(l, HeldOut(l.dls, x, seen), k, tuple(measures), seen=seen)[0])
     res = {}

@@ -18,6 +18,7 @@ from .models import *
 from .negatives import *
 from .learner import *
 from .recommend import *
+from .recommend import _asked,_lasting
 
 # %% ../nbs/10a_lists.ipynb #428901d7
 @patch
@@ -32,22 +33,19 @@ def recommend_to(self:CFLearner,
 )->Path: # the file
     "Write the lists of `recommend` to a Parquet file, a chunk of users at a time"
     pa,pq = import_extra('pyarrow', 'fast-io'),import_extra('pyarrow.parquet', 'fast-io')
-    ids = self.dls.classes[self.dls.user_name].ids if users is None else pd.Index([plain(users)] if np.ndim(users)==0 else users)
-    path,chunk,short,writer = Path(path),check_pos(chunk, 'chunk'),0,None
+    ids,path,chunk,short = _asked(self.dls, users),Path(path),check_pos(chunk, 'chunk'),0
+    kwargs = {n: _lasting(o) if n in ('candidates','exclude') else o for n,o in kwargs.items()}
     if path.suffix!='.parquet': raise ValueError(f"`path`={str(path)!r} should end in .parquet")
     cuts = range(0, max(len(ids), 1), chunk)
-    with whole_file(path) as tmp:
-        try:
-            for a in progress_bar(cuts, leave=False) if bar and len(cuts)>1 and hasattr(self, 'progress') else cuts:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings('ignore', message='.*lists hold fewer than')
-                    df = self.recommend(ids[a:a+chunk], k, bar=False, **kwargs)
-                short += len(ids[a:a+chunk])-int((df['rank']==k).sum())
-                table = pa.Table.from_pandas(df, preserve_index=False, schema=writer and writer.schema)
-                if writer is None: writer = pq.ParquetWriter(tmp, table.schema)
-                writer.write_table(table)
-        finally:
-            if writer is not None: writer.close()
+    one = lists_frame(self.dls, ids[:1] if len(ids) else self.dls.classes[self.dls.user_name].ids[:1], torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1))
+    schema = pa.Schema.from_pandas(one, preserve_index=False) # not the first chunk's, which may hold no list
+    with whole_file(path) as tmp, pq.ParquetWriter(tmp, schema) as writer:
+        for a in progress_bar(cuts, leave=False) if bar and len(cuts)>1 and hasattr(self, 'progress') else cuts:
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', message='.*lists hold fewer than')
+                df = self.recommend(ids[a:a+chunk], k, bar=False, **kwargs)
+            short += len(ids[a:a+chunk])-int((df['rank']==k).sum())
+            writer.write_table(pa.Table.from_pandas(df, schema, preserve_index=False))
     if short: warnings.warn(f"{short:,} of {len(ids):,} lists hold fewer than `k`={k} items: there were no more that are allowed and not seen", stacklevel=2)
     return path
 
@@ -104,7 +102,7 @@ def top_items(self:ItemIndex,
     starts,items = seen_items(dls, seen) if seen else (torch.zeros(dls.n_users+1, dtype=torch.long, device=users.device), users[:0])
     n_seen = starts[users+1]-starts[users]
     res = torch.full((len(users),k), -1, device=users.device),torch.full((len(users),k), -torch.inf, device=users.device)
-    for rows in n_seen.argsort().split(4096):
+    for rows in n_seen.argsort().split(4096) if len(users) else ():
         found = self.search(users[rows], k+int(n_seen[rows].max())+spare)
         r,i = seen_pairs(users[rows], starts, items)
         had = torch.isin(found+torch.arange(len(rows), device=rows.device)[:,None]*dls.n_items, r*dls.n_items+i)
@@ -139,7 +137,7 @@ def recommend(self:ItemIndex,
 )->pd.DataFrame: # columns user, rank (from 1), item, score, as `learn.recommend` gives them
     "Recommend nearly the best items for each user, by the index"
     dls = self.learn.dls
-    ids = dls.classes[dls.user_name].ids if users is None else pd.Index([plain(users)] if np.ndim(users)==0 else users)
+    ids = _asked(dls, users)
     recs,scores = self.top_items(known_codes(dls, ids, 'user'), check_pos(k, 'k'), 'all' if exclude_seen else None)
     short = int(((recs>=0).sum(1)<k).sum())
     if short: warnings.warn(f"{short:,} of {len(ids):,} lists hold fewer than `k`={k} items: there were no more that the user has not seen", stacklevel=2)

@@ -315,7 +315,13 @@ def after_loss(self:Negatives):
     if len(self.yb): self.learn.pred = self.pos
 
 # %% ../nbs/04a_negatives.ipynb #2dbe1d63
-CFDataLoaders.also_seen = (None,None)
+CFDataLoaders.also_seen,CFDataLoaders.at_least = (None,None),None
+
+@patch
+def _like(self:CFDataLoaders, other):
+    "Take over what other loaders know besides their rows; return these"
+    for k in ('unk','weight_name','also_seen','at_least'): setattr(self, k, getattr(other, k))
+    return self
 
 @patch
 def positives(self:CFDataLoaders,
@@ -332,8 +338,8 @@ def positives(self:CFDataLoaders,
     for j,role in enumerate(('users','items')):
         n,all_n = (len(d.x[:,j].unique()) for d in (dss[0], self.train_ds))
         if n<all_n: warnings.warn(f"{all_n-n:,} of {all_n:,} {role} have no training row with a rating of at least {at_least}", stacklevel=2)
-    res = type(self)(*(dl.new(ds) for dl,ds in zip(self.loaders, dss)), path=self.path, device=self.device)
-    res.unk,res.also_seen = self.unk,self.also_seen
+    res = type(self)(*(dl.new(ds) for dl,ds in zip(self.loaders, dss)), path=self.path, device=self.device)._like(self)
+    res.at_least = ifnone(self.at_least, float(at_least))
     if low_seen: res.also_seen = tuple(ds.x[ds.y[:,0]<at_least] if old is None else torch.cat([old.to(ds.x), ds.x[ds.y[:,0]<at_least]])
                                        for old,ds in zip(self.also_seen, had))
     return res

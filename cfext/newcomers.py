@@ -15,6 +15,7 @@ from pandas.api.types import is_float_dtype,is_integer_dtype,is_numeric_dtype
 from fastcore.all import *
 from .core import *
 from .data import *
+from .data import _targets
 from .models import *
 from .losses import *
 from .negatives import *
@@ -43,7 +44,8 @@ def _table_prior(T, shrink=0.1):
     return mean,torch.linalg.inv(C.double()).float()
 
 class RowPrior:
-    "What the rows of a fitted table are like: `mean` (d,), `precision` (d,d) and `noise`, the variance of a residual"
+    "What the rows of a fitted table are like: `mean` (d,), `precision` (d,d) and `noise`, the variance of a residual of a row of weight `scale`"
+    scale = 1.
     def __init__(self,
         model:DotProduct, # a fitted dot product
         ratings:Ratings, # its training rows
@@ -53,12 +55,13 @@ class RowPrior:
         self.mean,self.precision = _table_prior(_sides(model, check_choice(role, 'role', ('user','item')))[0][1:], shrink)
         with in_mode(model), torch.no_grad():
             res = torch.cat([model(x.long())-y for x,y in zip(ratings.x.split(1<<20), ratings.y.split(1<<20))])
-        self.noise = (res**2).mean().clamp(min=1e-6)
+        if ratings.w is not None: self.scale = ratings.w.mean()
+        self.noise = (res[:,0]**2 if ratings.w is None else res[:,0]**2*ratings.w/self.scale).mean().clamp(min=1e-6)
 
 # %% ../nbs/10b_newcomers.ipynb #8d0a13c6
-def _ridge_block(H, c, r, keep, prior, y_range, n_steps):
-    "Solve a block: H (b,m,d) factors met, c and r (b,m), keep (b,m); gives (b,d)"
-    theta = prior.mean.expand(len(H), -1)
+def _ridge_block(H, c, r, w, prior, y_range, n_steps):
+    "Solve a block: H (b,m,d) factors met, c and r (b,m), w (b,m) weights, 0 where there is no row; gives (b,d)"
+    theta,w = prior.mean.expand(len(H), -1),w.sqrt()
     lam = prior.precision*prior.noise
     for _ in range(1 if y_range is None else n_steps):
         z = (H@theta[...,None])[...,0]+c
@@ -66,9 +69,9 @@ def _ridge_block(H, c, r, keep, prior, y_range, n_steps):
         else:
             s,wide = torch.sigmoid(z),y_range[1]-y_range[0]
             f,slope = y_range[0]+wide*s,wide*s*(1-s)
-        J = H*(slope*keep)[...,None]
+        J = H*(slope*w)[...,None]
         A = J.transpose(1, 2)@J + lam
-        g = (J*(r-f)[...,None]).sum(1) - (theta-prior.mean)@lam
+        g = (J*(w*(r-f))[...,None]).sum(1) - (theta-prior.mean)@lam
         step = torch.linalg.solve(A, g[...,None])[...,0]
         theta = theta + step
         if step.abs().max()<1e-4: break
@@ -85,12 +88,14 @@ def ridge_rows(
     *,
     n_steps:int=8, # steps with a `y_range`, at most
     tile:int=1<<22, # numbers gathered at a time
+    weights:Tensor|None=None, # (m,) float, at least 0, weight of each rating; None: that of a training row on average
 )->Tensor: # (n, d) rows [factors, bias], as many as `rows` names
     "Solve for the rows of newcomers, the other side held"
     if prior.noise.isnan(): raise ValueError("`prior.noise`, the variance of a residual, is NaN: there were no training rows to estimate it from (load the learner with its rows, pass the `prior` of one that has them, or set it), or training has diverged")
     _,O,c = _sides(model, role)
     order = rows.argsort()
     others,ratings = others[order],ratings[order]
+    weights = torch.ones_like(ratings) if weights is None else weights[order]/prior.scale
     n = torch.bincount(rows)
     starts = n.cumsum(0)-n
     res = prior.mean.expand(len(n), -1).clone()
@@ -102,7 +107,8 @@ def ridge_rows(
         b,todo = todo[-per:],todo[:-per]
         within = torch.arange(wide, device=n.device)
         at = (starts[b][:,None]+within).clamp(max=len(others)-1)
-        res[b] = _ridge_block(O[others[at]], c[others[at]], ratings[at], within<n[b][:,None], prior, model.y_range, check_pos(n_steps, 'n_steps'))
+        w = weights[at]*(within<n[b][:,None])
+        res[b] = _ridge_block(O[others[at]], c[others[at]], ratings[at], w, prior, model.y_range, check_pos(n_steps, 'n_steps'))
     return res
 
 # %% ../nbs/10b_newcomers.ipynb #2463e339
@@ -119,24 +125,24 @@ def _bigger(model, role, n_new):
 
 def _loaders_like(dls, dss):
     "Loaders of other rows, else the same"
-    res = type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)
-    res.unk,res.also_seen = dls.unk,dls.also_seen
-    return res
+    return type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)._like(dls)
 
-def _with_rows(dls, classes, x, y):
-    "Loaders like `dls`, with more ids and more training rows"
-    a,b = dls.train_ds,dls.valid_ds
-    w = None if a.w is None else torch.cat([a.w, a.w.new_ones(len(x))])
-    dss = Ratings(torch.cat([a.x, x.int()]), torch.cat([a.y, y[:,None]]), classes, a.rating_name, w),b.recoded(classes)
+def _with_rows(dls, new, low):
+    "Loaders like `dls`, with more ids and training rows `new`, and codes `low` (m,2) that count as seen where such rows do"
+    a,b,x = dls.train_ds,dls.valid_ds,new.x.long()
+    w = None if a.w is None and new.w is None else torch.cat([torch.ones_like(o.y[:,0]) if o.w is None else o.w for o in (a,new)])
+    dss = Ratings(torch.cat([a.x, new.x]), torch.cat([a.y, new.y]), new.classes, a.rating_name, w),b.recoded(new.classes)
     fresh = dss[1].x[(dss[1].x!=b.x).any(1)].long()
     n = torch.isin(fresh[:,0]*dss[1].n_items+fresh[:,1], x[:,0]*dss[1].n_items+x[:,1]).sum().item() if len(fresh) else 0
     if n: warnings.warn(f"{n:,} of the rows are held-out rows of these loaders: `evaluate()` and `validate()` would judge the new ids by what they were made of; pass other rows as `split`", stacklevel=3)
-    return _loaders_like(dls, dss)
+    res,also = _loaders_like(dls, dss),dls.also_seen
+    if also[0] is not None: res.also_seen = (torch.cat([also[0], low.to(also[0])]), also[1])
+    return res
 
 def _more_ids(m, ids):
-    "An `IdMap` with the ids that it lacks put behind its own"
-    fresh = pd.Index(pd.unique(pd.Series(ids)))
-    if fresh.isna().any(): raise ValueError(f"the rows hold {int(pd.isna(ids).sum())} missing ids: drop them first")
+    "An `IdMap` with the ids of a column that it lacks put behind its own"
+    fresh = pd.Index(pd.unique(ids))
+    if fresh.isna().any(): raise ValueError(f"{ids.name!r} holds {int(ids.isna().sum())} missing ids: drop them first")
     fresh = fresh[m.encode(fresh)==0]
     if is_integer_dtype(m.ids) and is_float_dtype(fresh): # the known ids would become floats too
         if (odd := fresh[fresh!=fresh.astype(np.int64)]).size: raise TypeError(f"new ids such as {plain(odd[0])!r} among known ones that are whole numbers, such as {plain(m.ids[0])!r}")
@@ -174,19 +180,19 @@ def _solve_rows(model, ds, role, codes, solved, prior, n_steps=8):
     own,other = place[ds.x[:,j].long()],ds.x[:,1-j].long()
     hit = (own>=0)&solved[other]
     if not hit.any(): return codes[:0]
-    own,other,y = own[hit],other[hit],ds.y[hit,0]
+    own,other,y,w = own[hit],other[hit],ds.y[hit,0],None if ds.w is None else ds.w[hit]
     there = torch.bincount(own, minlength=len(codes))>0
     F_,B = (getattr(model, f'{role}_{k}', None) for k in ('factors','bias'))
     with torch.no_grad():
         if prior is not None:
-            rows = ridge_rows(model, own, other, y, prior, role, n_steps=n_steps)
+            rows = ridge_rows(model, own, other, y, prior, role, n_steps=n_steps, weights=w)
             rows,at = rows[there[:len(rows)]],codes[there]
             F_[at] = rows[:,:F_.shape[1]]
             if B is not None: B[at] = rows[:,F_.shape[1]:]
         else:
-            starts,others = user_histories(torch.stack([own+1,other], 1), len(codes)+1, len(solved))
-            Q = getattr(model, ('item','user')[j]+'_factors').detach()
-            F_[codes[there]] = solve_rows(starts, others, Q, model.config['alpha0'], model.config['lam'], model.config['nu'])[1:][there]
+            x,sizes,Q = torch.stack([own+1,other], 1),(len(codes)+1,len(solved)),getattr(model, ('item','user')[j]+'_factors').detach()
+            res = solve_rows(*user_histories(x, *sizes), Q, *(model.config[k] for k in ('alpha0','lam','nu')), weights=pair_weights(x, w, *sizes))
+            F_[codes[there]] = res[1:][there]
     return codes[there]
 
 # %% ../nbs/10b_newcomers.ipynb #8ccb36e2
@@ -196,6 +202,7 @@ def _descend(learn, model, dls, codes, epochs, lr, seed):
     for role,c in codes.items(): mask[role] = torch.zeros(getattr(model, f'n_{role}s'), 1, device=dls.device).index_fill_(0, c, 1.)
     rows = sum(m[ds.x[:,int(r=='item')].long(),0] for r,m in mask.items())>0
     sub = ds.subset(rows&(ds.x>0).all(1))
+    total = len(sub) if sub.w is None else float(sub.w.sum()/ifnone(learn.dls.train_ds.w, sub.w).mean()) # in rows of the usual weight
     old = next((cb for cb in learn.cbs if isinstance(cb, Negatives)), Negatives())
     neg = Negatives(old.n_neg, old.how, seed=seed, **old.kwargs)
     neg.ds,neg.sampler = sub,NegativeSampler(ds, ifnone(old.n_neg, dls.train.bs if old.how=='batch' else learn.loss_func.n_neg), old.how, also=dls.also_seen[0], **old.kwargs)
@@ -206,7 +213,7 @@ def _descend(learn, model, dls, codes, epochs, lr, seed):
             if role not in mask: continue
             mean,precision = _table_prior(getattr(learn.model, n).detach()[1:])
             c,m = codes[role],mask[role]
-            hooks.append(p.register_hook(lambda g,p=p,c=c,m=m,mu=mean,L=precision: (g*m).index_add_(0, c, (p.detach()[c]-mu)@L/len(sub))))
+            hooks.append(p.register_hook(lambda g,p=p,c=c,m=m,mu=mean,L=precision: (g*m).index_add_(0, c, (p.detach()[c]-mu)@L/total)))
         own = type(dls)(ResidentDL(sub, bs=dls.train.bs, shuffle=True, seed=seed), ResidentDL(sub.subset(slice(0)), bs=dls.train.bs), device=dls.device)
         tmp = cf_learner(own, model, loss_func=learn.loss_func, unk_p=0, cbs=neg, wd=0.)
         with torch.random.fork_rng(), tmp.no_bar(), tmp.no_logging():
@@ -224,17 +231,24 @@ def _learner_like(learn, dls, model):
                       metrics=list(learn.metrics), path=learn.path, cbs=cbs)
 
 # %% ../nbs/10b_newcomers.ipynb #8f5eb99a
-def _codes(self, df, classes):
-    "Codes (n,2) and ratings (n,) of rows"
-    ds = self.dls.train_ds
-    x = torch.stack([torch.from_numpy(classes[n].encode(df[n])).long() for n in ds.cat_names], 1).to(self.dls.device)
-    y = torch.ones(len(df)) if ds.rating_name is None else torch.from_numpy(df[ds.rating_name].to_numpy(np.float32))
-    if not y.isfinite().all(): raise ValueError(f"{ds.rating_name!r} holds {int((~y.isfinite()).sum())} missing or infinite values")
-    return x,y.to(self.dls.device)
+def _new_rows(dls, df, names):
+    "New rows as `Ratings`, with what is new in the columns `names`, and codes (m,2) of rows that `positives` would set aside"
+    ds,least = dls.train_ds,dls.at_least
+    y = torch.ones(len(df)) if ds.rating_name is None else _targets(df[ds.rating_name], 'rating_name')
+    ok = y>=ifnone(least, -torch.inf)
+    if not ok.any(): raise ValueError(f"none of the {len(df)} rows has a rating of at least {least:g}, below which rows of these loaders are no choices (`positives`)")
+    if least is not None: y = torch.ones(len(df))
+    w = None if dls.weight_name is None else _targets(df[dls.weight_name], 'weight_name')
+    if w is not None and ((w<0).any() or not w[ok].any()): raise ValueError(f"`weight_name`={dls.weight_name!r} should be at least 0 in all rows and above it in some; here it runs from {w.min():g} to {w.max():g}")
+    classes = {n: _more_ids(m, df[n][ok.numpy()]) if n in names else m for n,m in ds.classes.items()}
+    x = torch.stack([torch.from_numpy(classes[n].encode(df[n])) for n in ds.cat_names], 1)
+    for j,n in enumerate(ds.cat_names):
+        if lost := df[n][(x[:,j]==0).numpy()].nunique(): warnings.warn(f"new {('users','items')[j]} without a row rated at least {least:g} are left out: {lost:,}", stacklevel=3)
+    return Ratings(x[ok], y[ok,None], classes, ds.rating_name, None if w is None else w[ok]).to(dls.device),x[~ok&(x>0).all(1)].to(dls.device)
 
 @patch
 def fold_in(self:CFLearner,
-    interactions:pd.DataFrame, # rows with the loaders' columns of users, items and ratings
+    interactions:pd.DataFrame, # rows with the loaders' columns of users, items, ratings and weights
     role:str='user', # the side whose rows are solved for: 'user' or 'item'
     *,
     how:str|None=None, # 'ridge' for ratings, 'ials' for `IALS`, 'steps' for ranking losses; None: as the model was fitted
@@ -248,15 +262,15 @@ def fold_in(self:CFLearner,
     ds,model = self.dls.train_ds,_flat(self.model)
     how = _kind(self, model, how)
     j = ('user','item').index(check_choice(role, 'role', ('user','item')))
-    check_cols(interactions, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
+    check_cols(interactions, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name, weight_name=self.dls.weight_name)
     name,other,odd = ds.cat_names[j],ds.cat_names[1-j],('item','user')[j]
     known = ds.classes[other].encode(interactions[other])>0
+    check_kinds(interactions[other][~known], ds.classes[other].ids, f"column {other!r} holds ids")
     if not known.all(): warnings.warn(f"{int((~known).sum()):,} of {len(known):,} rows have an unknown {odd} and are left out", stacklevel=2)
     df = interactions[known]
     if not len(df): raise ValueError(f"no row is left to fold in: the {len(interactions)} rows name no known {odd}")
-    classes = {**ds.classes, name: _more_ids(ds.classes[name], df[name])}
-    x,y = _codes(self, df, classes)
-    dls,new = _with_rows(self.dls, classes, x, y),_bigger(model, role, len(classes[name])-len(ds.classes[name]))
+    rows,low = _new_rows(self.dls, df, (name,))
+    x,dls,new = rows.x.long(),_with_rows(self.dls, rows, low),_bigger(model, role, len(rows.classes[name])-len(ds.classes[name]))
     if how=='steps': _descend(self, new, dls, {role: x[:,j].unique()}, epochs, lr, seed)
     else:
         prior = (prior or RowPrior(model, ds, role)) if how=='ridge' else None
@@ -268,7 +282,7 @@ def fold_in(self:CFLearner,
 # %% ../nbs/10b_newcomers.ipynb #56081f98
 @patch
 def partial_fit(self:CFLearner,
-    rows:pd.DataFrame, # new rows with the loaders' columns of users, items and ratings, of known and new ids
+    rows:pd.DataFrame, # new rows with the loaders' columns of users, items, ratings and weights, of known and new ids
     *,
     known:bool=True, # also solve anew for known users that the rows name?
     rounds:int=2, # times that items and then users are solved for
@@ -280,11 +294,10 @@ def partial_fit(self:CFLearner,
     "Learn from new rows: add users and items, and solve for those and for the known users that are named"
     ds,model = self.dls.train_ds,_flat(self.model)
     how,old = _kind(self, model, how),model
-    check_cols(rows, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
+    check_cols(rows, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name, weight_name=self.dls.weight_name)
     if not len(rows): raise ValueError("`rows` is an empty frame: there is nothing to learn from")
-    classes = {n: _more_ids(ds.classes[n], rows[n]) for n in ds.cat_names}
-    x,y = _codes(self, rows, classes)
-    dls,todo,solved = _with_rows(self.dls, classes, x, y),{},{}
+    new,low = _new_rows(self.dls, rows, ds.cat_names)
+    x,classes,dls,todo,solved = new.x.long(),new.classes,_with_rows(self.dls, new, low),{},{}
     for j,(role,n) in enumerate(zip(('user','item'), ds.cat_names)):
         model,had = _bigger(model, role, len(classes[n])-len(ds.classes[n])),len(ds.classes[n])
         solved[role] = torch.arange(len(classes[n]), device=x.device)<had

@@ -191,8 +191,21 @@ def top_items(
 def _as_index(ids):
     "One id or several as an Index"
     if isinstance(ids, (pd.DataFrame,abc.Mapping)): raise TypeError(f"expected one id or several, got a {type(ids).__name__}: pass its column of ids, or a list")
+    if callable(ids): raise TypeError("expected one id or several, got a function: only `candidates` may be a rule")
     if isinstance(ids, (abc.Set,abc.ValuesView,abc.Iterator)): ids = list(ids)
-    return pd.Index([plain(ids)] if np.ndim(ids)==0 else ids)
+    ids = pd.Index([plain(ids)] if np.ndim(ids)==0 else ids)
+    return ids.astype(ids.categories.dtype) if isinstance(ids, pd.CategoricalIndex) else ids
+
+def _asked(dls, ids, role='user'):
+    "The ids that are asked for as an Index, of the known ones' type where there are none; None: all"
+    known = dls.classes[dls.cat_names[role=='item']].ids
+    ids = known if ids is None else _as_index(ids)
+    return ids if len(ids) else known[:0]
+
+def _lasting(sets):
+    "Candidates, or what is barred, in a form that can be read more than once"
+    if isinstance(sets, dict): return {u: _as_index(v) for u,v in sets.items()}
+    return sets if sets is None or callable(sets) or isinstance(sets, pd.DataFrame) else _as_index(sets)
 
 def id_pairs(
     dls:CFDataLoaders, # the loaders whose ids count
@@ -206,12 +219,14 @@ def id_pairs(
         own = [_as_index(v) for v in sets.values()]
         sets = pd.DataFrame({user: pd.Index(list(sets)).repeat([len(v) for v in own]), item: [i for v in own for i in v]})
     check_cols(sets, user_name=user, item_name=item)
+    check_kinds(sets[user], dls.classes[user].ids, "the sets are of users")
     left = pd.DataFrame({user: ids, '_row': np.arange(len(ids))})
     try: both = left.merge(sets[[user,item]], on=user) if len(sets) else left.iloc[:0].assign(**{item: []})
-    except ValueError: raise TypeError(f"the sets are of users such as {sets[user].iloc[0]!r}, and the users asked for are such as {plain(ids[0])!r}: give both as the same kind of value") from None
+    except ValueError: raise TypeError(f"the sets are of users such as {plain(sets[user].iloc[0])!r}, and the users asked for are such as {plain(ids[0])!r}: give both as the same kind of value") from None
     codes = dls.classes[item].encode(both[item])
-    if unk=='raise' and (codes==0).any(): raise UnknownIdError('item', pd.unique(both[item][codes==0]), "leave them out: what training has not seen has no score")
     keep = codes>0
+    check_kinds(both[item][~keep], dls.classes[item].ids, "the sets hold items")
+    if unk=='raise' and not keep.all(): raise UnknownIdError('item', pd.unique(both[item][~keep]), "leave them out: what training has not seen has no score")
     return tuple(torch.from_numpy(o[keep]).long().to(dls.device) for o in (both['_row'].to_numpy(), codes))
 
 # %% ../nbs/10_recommend.ipynb #725322c4
@@ -240,8 +255,10 @@ def _barred(dls, ids, exclude):
     "Pairs that the caller's `exclude` bars, or None; an item that training has not seen is barred anyway"
     if exclude is None: return None
     if isinstance(exclude, (dict,pd.DataFrame)): return id_pairs(dls, ids, exclude, 'na')
-    codes = torch.from_numpy(dls.classes[dls.item_name].encode(_as_index(exclude))).long().to(dls.device)
-    codes,n = codes[codes>0],len(ids)
+    m,exclude = dls.classes[dls.item_name],_as_index(exclude)
+    codes,n = m.encode(exclude),len(ids)
+    check_kinds(exclude[codes==0], m.ids, '`exclude` holds items')
+    codes = torch.from_numpy(codes[codes>0]).long().to(dls.device)
     return torch.arange(n, device=dls.device).repeat_interleave(len(codes)),codes.repeat(n)
 
 # %% ../nbs/10_recommend.ipynb #26b922c8
@@ -303,8 +320,8 @@ def lists_frame(
 )->pd.DataFrame: # columns user, rank (from 1), item, score
     "Turn lists of codes into a frame in the caller's ids"
     rows,places = (recs>=0).nonzero(as_tuple=True)
-    return pd.DataFrame({dls.user_name: ids.take(rows.cpu().numpy()).to_numpy(), 'rank': places.cpu().numpy()+1,
-                         dls.item_name: dls.classes[dls.item_name].decode(recs[rows,places]), 'score': scores[rows,places].cpu().numpy()})
+    return pd.DataFrame({dls.user_name: ids.take(rows.cpu().numpy()), 'rank': places.cpu().numpy()+1,
+                         dls.item_name: dls.classes[dls.item_name].ids.take(recs[rows,places].cpu().numpy()-1), 'score': scores[rows,places].cpu().numpy()})
 
 # %% ../nbs/10_recommend.ipynb #d310bb62
 @patch
@@ -320,7 +337,7 @@ def recommend(self:CFLearner,
     bar:bool=True, # show progress, where it takes more than a tile and the learner shows any?
 )->pd.DataFrame: # columns user, rank (from 1), item, score; best first, users in the order asked
     "Recommend the `k` best items for each user"
-    ids = self.dls.classes[self.dls.user_name].ids if users is None else _as_index(users)
+    ids = _asked(self.dls, users)
     res = _lists(self, ids, check_pos(k, 'k'), exclude_seen, candidates, exclude, unk, diversity, bar and hasattr(self, 'progress'))
     return lists_frame(self.dls, ids, *res)
 
@@ -329,7 +346,7 @@ def _nearest(learn, role, ids, k, tile=1<<24):
     "The `k` nearest of each of `ids` by the cosine of the factors, as a frame; a tile at a time"
     name,k = learn.dls.cat_names[role=='item'],check_pos(k, 'k')
     check_fits(learn.model, learn.dls)
-    ids = learn.dls.classes[name].ids if ids is None else _as_index(ids)
+    ids = _asked(learn.dls, ids, role)
     codes,Q = known_codes(learn.dls, ids, role),F.normalize(_table(learn, role), dim=1)
     k,res = min(k, max(len(Q)-2, 0)),[]
     for c in codes.split(max(1, tile//len(Q))):
@@ -338,8 +355,8 @@ def _nearest(learn, role, ids, k, tile=1<<24):
         sim[torch.arange(len(c), device=c.device), c] = -torch.inf
         res.append(top_places(sim, k) if k else (sim[:,:0], c[:,None][:,:0]))
     vals,near = (torch.cat(o).reshape(-1) for o in zip(*res)) if res else (Q.new_zeros(0), codes)
-    return pd.DataFrame({name: ids.repeat(k).to_numpy(), 'rank': np.tile(np.arange(1, k+1), len(ids)),
-                         'similar': learn.dls.classes[name].decode(near), 'cosine': vals.cpu().numpy()})
+    return pd.DataFrame({name: ids.repeat(k), 'rank': np.tile(np.arange(1, k+1), len(ids)),
+                         'similar': learn.dls.classes[name].ids.take(near.cpu().numpy()-1), 'cosine': vals.cpu().numpy()})
 
 @patch
 def similar_items(self:CFLearner,

@@ -19,7 +19,7 @@ from .data import *
 from .models import *
 from .graph import *
 from .learner import *
-from .newcomers import _learner_like,_loaders_like
+from .newcomers import _learner_like,_loaders_like,_more_ids
 
 # %% ../nbs/10d_sides.ipynb #cc99bad0
 def _bags(col, sep):
@@ -66,6 +66,7 @@ def encode_sides(
     check_cols(df, id_name=id_name, **{f'feature {j}':c['name'] for j,c in enumerate(spec)})
     if (dup := df[id_name].duplicated()).any(): raise ValueError(f"{int(dup.sum())} ids have more than one row of features (first: {plain(df[id_name][dup].iloc[0])!r})")
     at = pd.Index(df[id_name]).get_indexer(ids)
+    check_kinds(df[id_name], ids, f"column {id_name!r} of the features holds ids")
     rows,n = df.iloc[at[at>=0]],len(ids)
     there = torch.from_numpy(at>=0)
     miss,codes,weights,nums,base = {'ids without a row':int((at<0).sum()), 'empty cells':0, 'unknown levels':0},[],[],[],1
@@ -187,8 +188,8 @@ def add_ids(self:CFLearner,
     name = dls.cat_names[check_choice(role, 'role', ('user','item'))=='item']
     check_cols(features, **{f'{role}_name':name})
     old = dls.classes[name]
-    if features[name].isna().any(): raise ValueError(f"{name!r} holds {int(features[name].isna().sum())} missing ids: drop them first")
-    fresh = features[~features[name].isin(old.ids)]
+    more = _more_ids(old, features[name])
+    fresh = features[old.encode(features[name])==0]
     if not len(fresh): raise ValueError(f"all {len(features)} ids of `features` are known already")
     new,miss = encode_sides(model.config[f'{role}_spec'], fresh, name, pd.Index(fresh[name]))
     _say_missing(miss, role, len(fresh))
@@ -196,5 +197,5 @@ def add_ids(self:CFLearner,
     for k,t in zip(('id','codes','weights','nums'), (model.user_id.new_zeros(len(fresh), model.user_id.shape[1]), *new)):
         state[f'{role}_{k}'] = torch.cat([state[f'{role}_{k}'], t.to(state[f'{role}_{k}'])])
     grown = SideProduct.restore({**model.config, f'n_{role}s':len(old)+len(fresh)}, state)
-    classes = {**dls.classes, name:IdMap(old.ids.append(pd.Index(fresh[name])))}
+    classes = {**dls.classes, name:more}
     return _learner_like(self, _loaders_like(dls, [ds.recoded(classes) for ds in (dls.train_ds,dls.valid_ds)]), grown)

@@ -43,9 +43,7 @@ def inner_loaders(
     if not held.any() or held.all(): raise ValueError(f"`valid_pct`={valid_pct} of each user's rows leaves {int((~held).sum())} of {len(held)} to train on")
     held = held.to(ds.x.device)
     a,b = dls.loaders[:2]
-    res = type(dls)(a.new(ds.subset(~held)), b.new(ds.subset(held)), path=dls.path, device=dls.device)
-    res.unk,res.also_seen = dls.unk,dls.also_seen
-    return res
+    return type(dls)(a.new(ds.subset(~held)), b.new(ds.subset(held)), path=dls.path, device=dls.device)._like(dls)
 
 # %% ../nbs/10e_tuning.ipynb #0bf6299c
 class PruneTrial(Callback):

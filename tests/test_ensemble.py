@@ -490,6 +490,8 @@ def test_lists_of_an_ensemble_leave_out_what_positives_set_aside(df):
     for o in (learn, Ensemble([learn])): assert not len(o.recommend(None, k=5).merge(df, on=['user','title']))
     with pytest.raises(ValueError, match='fitted by BPRLoss, which judges no predictions: use `evaluate`'): Ensemble([learn]).validate()
     pd.testing.assert_frame_equal(Ensemble([learn]).evaluate(k=5).reset_index(drop=True), learn.evaluate(k=5).reset_index(drop=True))
+    a,b = (o.evaluate(k=5, split=df[:200], exclude_seen=False) for o in (Ensemble([learn]), learn))
+    assert a.counts.equals(b.counts) and a.counts['rows_rated_lower'] and np.allclose(a.iloc[0], b.iloc[0])
 
 def test_evaluate_is_that_of_a_learner_and_of_the_mean(df):
     "Of one member it is the member's; of two it is that of the mean of their predictions"

@@ -1,5 +1,5 @@
 "Files of lists and the index, against `recommend`"
-import sys,warnings
+import importlib.util,sys,warnings
 
 import numpy as np,pandas as pd,pytest,torch
 from cfext import *
@@ -37,6 +37,36 @@ def test_short_lists_are_counted_once_and_no_users_make_an_empty_file(learn, tmp
     assert [str(w.message).split(' lists')[0] for w in ws if 'lists hold fewer' in str(w.message)]==['150 of 150']
     assert pd.read_parquet(path)['rank'].max()<=2
     assert len(pd.read_parquet(learn.recommend_to(tmp_path/'e.parquet', [])))==0
+
+def test_what_is_read_once_is_kept_for_all_chunks(learn, tmp_path):
+    pytest.importorskip('pyarrow')
+    us,titles = (learn.dls.classes[n].ids for n in ('user','title'))
+    some = titles[:30].tolist()
+    file = lambda users=None, **kw: pd.read_parquet(learn.recommend_to(tmp_path/'l.parquet', users, k=4, chunk=7, **kw))
+    for kw in (dict(exclude=some), dict(candidates=some)):
+        for once in ({n: iter(o) for n,o in kw.items()}, {n: {u: iter(o) for u in us} for n,o in kw.items()}):
+            pd.testing.assert_frame_equal(file(**once), learn.recommend(k=4, **kw), check_dtype=False, rtol=1e-5)
+    for some in ({5,9}, iter([5,9]), {5:0,9:0}.keys(), 5): assert set(file(some).user)<={5,9}
+    with pytest.raises(TypeError, match='got a DataFrame: pass its column'): file(pd.DataFrame(dict(user=[5])))
+    with pytest.raises(TypeError, match='got a function: only `candidates` may be a rule'): file(exclude=lambda us: us)
+
+def test_a_first_chunk_without_lists(tmp_path):
+    pytest.importorskip('pyarrow')
+    df = synth_ratings(60, 40, 1000).assign(user=lambda d: 'u'+d.user.astype(str))
+    l = cf_learner(CFDataLoaders.from_df(df, item_name='title', seed=3, device='cpu'), n_factors=3, seed=0)
+    us,titles = (l.dls.classes[n].ids for n in ('user','title'))
+    with pytest.warns(UserWarning, match='59 of 60 lists'): got = pd.read_parquet(l.recommend_to(tmp_path/'l.parquet', k=2, chunk=7, candidates={us[-1]: titles}))
+    assert got.user.tolist()==[us[-1]]*2
+    with pytest.warns(UserWarning): none = pd.read_parquet(l.recommend_to(tmp_path/'l.parquet', us[:9], k=2, chunk=7, candidates=[]))
+    assert len(none)==0 and (none.dtypes==got.dtypes).all()
+
+def test_no_users_and_no_lists(learn):
+    full,near = learn.recommend([5], k=3),learn.similar_users([5], k=3)
+    indices = [ItemIndex(learn)] if importlib.util.find_spec('usearch') else []
+    for got in (*(l.recommend([], k=3) for l in (learn,*indices)), learn.recommend([5], k=3, exclude=learn.dls.classes['title'].ids)):
+        assert len(got)==0 and (got.dtypes==full.dtypes).all() and len(got.merge(full, on=['user','title']))==0
+    assert (learn.similar_users([]).dtypes==near.dtypes).all()
+    if indices: assert set(indices[0].recommend({5,9}, k=3).user)=={5,9}
 
 def test_without_pyarrow_or_usearch(learn, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyarrow', None)

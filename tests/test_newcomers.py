@@ -239,6 +239,75 @@ def test_what_was_seen_besides_the_rows_stays_seen():
     assert not set(learn.recommend(u, k=20).title)&set(low.title[low.user==u])
     assert torch.equal(inner_loaders(dls).also_seen[0], dls.also_seen[0])
 
+@pytest.mark.parametrize('fit', ['fold_in','partial_fit'])
+def test_rows_below_the_threshold_of_positives_are_no_choices(fit, tmp_path):
+    df = synth_ratings(80, 60, 2000)
+    new = df[df.user>70]
+    for low_seen in (True,False):
+        dls = CFDataLoaders.from_df(df[df.user<=70], item_name='title', seed=0, device='cpu', bs=64).positives(4, low_seen=low_seen)
+        first = cf_learner(dls, n_factors=3, loss_func=BPRLoss(), cbs=Negatives(2, seed=0), seed=0)
+        for learn in (first, load_bundle(first.save_bundle(tmp_path/f'{low_seen}'), device='cpu')):
+            a,b = (getattr(learn, fit)(o, epochs=2) for o in (new, new[new.rating>=4]))
+            assert torch.equal(a.dls.train_ds.x, b.dls.train_ds.x) and (a.dls.train_ds.y==1).all() and torch.equal(a.model.item_factors, b.model.item_factors)
+            few = new[(new.rating<4)&new.title.isin(dls.classes['title'].ids)]
+            u = few.user.iloc[0]
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                listed = a.recommend(u, k=60).title
+            assert len(set(listed)&set(few.title[few.user==u]))==(0 if low_seen else few.title[few.user==u].nunique())
+            if not low_seen: assert torch.equal(a.model.user_factors, b.model.user_factors)
+            with pytest.raises(ValueError, match=r'none of the \d+ rows has a rating of at least 4'): getattr(learn, fit)(few)
+            with pytest.warns(UserWarning, match='new users without a row rated at least 4 are left out: 1'):
+                got = getattr(learn, fit)(pd.concat([few[few.user==u], new[new.user!=u]]), epochs=1)
+            assert got.dls.classes['user'].encode([u])[0]==0
+    assert a.dls.at_least==inner_loaders(dls).at_least==4 and dls.positives(1).at_least==4
+
+def weighted(how, w):
+    df = synth_ratings(100, 60, 2500).assign(w=w)
+    dls = CFDataLoaders.from_df(df[df.user<=80], item_name='title', rating_name='rating' if how=='ridge' else None, weight_name=None if w is None else 'w', seed=0, device='cpu', bs=64)
+    if how=='ials': return cf_learner(dls, IALS(dls, 4, n_iter=2)),df[df.user>80]
+    learn = cf_learner(dls, n_factors=3, y_range=(0.5,5.5) if how=='ridge' else None, loss_func=BPRLoss() if how=='steps' else None, cbs=[Negatives(2, seed=0)] if how=='steps' else None, seed=0)
+    torch.manual_seed(0)
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.03)
+    return learn,df[df.user>80]
+
+@pytest.mark.parametrize('fit', ['fold_in','partial_fit'])
+@pytest.mark.parametrize('how', ['ridge','ials','steps'])
+def test_weights_of_newcomers_rows(how, fit, tmp_path):
+    (plain,new),(learn,_) = weighted(how, None),weighted(how, 1. if how=='ials' else 3.)
+    if how!='ials': learn.model.load_state_dict(plain.model.state_dict())
+    go,own = lambda l,df: getattr(l, fit)(df, epochs=3),lambda l: l.model.user_factors.detach()[plain.dls.n_users:]
+    usual = 1. if how=='ials' else 3.
+    base = own(go(plain, new))
+    torch.testing.assert_close(own(go(learn, new.assign(w=usual))), base, atol=1e-4, rtol=1e-3)
+    heavy = own(go(learn, new.assign(w=40*usual)))
+    assert not torch.allclose(heavy, base, atol=1e-2)
+    torch.testing.assert_close(own(go(load_bundle(learn.save_bundle(tmp_path/'b'), device='cpu'), new.assign(w=40*usual))), heavy, atol=1e-4, rtol=1e-3)
+    if how=='ridge': # a row of double weight is the row twice
+        twice = own(go(plain, pd.concat([new, new])))
+        torch.testing.assert_close(own(go(learn, new.assign(w=6.))), twice, atol=1e-4, rtol=1e-3)
+    if how=='ials': # against what the training solves with these weights
+        rows = CFDataLoaders.from_df(pd.concat([new,new]).assign(w=40.), item_name='title', rating_name=None, weight_name='w', valid_pct=0, device='cpu')
+        u,m = rows.classes['user'].ids,learn.model
+        x = torch.stack([rows.train_ds.x[:,0].long(), torch.from_numpy(learn.dls.classes['title'].encode(rows.classes['title'].decode(rows.train_ds.x[:,1]))).long()], 1)
+        n = len(u)+1,m.n_items
+        want = solve_rows(*user_histories(x, *n), m.item_factors.detach(), *(m.config[k] for k in ('alpha0','lam','nu')), weights=pair_weights(x, rows.train_ds.w, *n))[1:]
+        if fit=='fold_in': torch.testing.assert_close(heavy[go(learn, new.assign(w=1.)).dls.classes['user'].encode(u)-learn.dls.n_users], want, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="`weight_name`='w' is not a column"): getattr(learn, fit)(new.drop(columns='w'))
+    with pytest.raises(ValueError, match="`weight_name`='w' should be at least 0 .* here it runs from -1 to -1"): go(learn, new.assign(w=-1.))
+
+def test_later_rows_below_the_threshold_of_positives_are_no_right_answers():
+    df = synth_ratings(80, 60, 2000)
+    rated = CFDataLoaders.from_df(df[:1500], item_name='title', seed=0, device='cpu', bs=64)
+    learn,plain = (cf_learner(d, n_factors=3, loss_func=BPRLoss(), seed=0) for d in (rated.positives(4), rated))
+    later = df[1500:]
+    a,b = (learn.evaluate(k=5, split=o) for o in (later, later[later.rating>=4]))
+    pd.testing.assert_frame_equal(pd.DataFrame(a), pd.DataFrame(b))
+    assert a.counts['rows_rated_lower']==(later.rating<4).sum() and f"{(later.rating<4).sum()} rows rated lower" in a.note
+    assert learn.evaluate(k=5, split=later.drop(columns='rating')).counts['held_out_rows']==plain.evaluate(k=5, split=later).counts['held_out_rows']==len(later)
+    with pytest.raises(ValueError, match='no row of `split` has a rating of at least 4'): learn.evaluate(split=later[later.rating<4])
+    assert len(learn.compare(learn, 5, split=later))==2
+
 def test_partial_fit_bad_input(pair):
     learn,new = pair
     with pytest.raises(ValueError, match='is an empty frame'): learn.partial_fit(new[:0])

@@ -215,6 +215,35 @@ def test_unknown_items_are_to_be_left_out(learn):
         with pytest.raises(UnknownIdError, match="'Nowhere'; leave them out"): f()
     with pytest.raises(UnknownIdError, match='the known ids are int64, these are str'): learn.similar_users('5')
 
+@pytest.mark.parametrize('known', [int, str])
+def test_ids_of_another_type_are_told_apart_from_unknown_ones(known):
+    other = str if known is int else int
+    df = synth_ratings(60, 40, 1000).assign(item=lambda d: d.groupby('title').ngroup().map(known), user=lambda d: d.user.map(known))
+    dls = CFDataLoaders.from_df(df, seed=3, device='cpu', bs=32)
+    l = cf_learner(dls, n_factors=4, seed=0)
+    us,its = (dls.classes[n].ids for n in ('user','item'))
+    odd,later = [other(o) for o in its[:20]],df[:200].assign(item=lambda d: d.item.map(other))
+    feats = pd.DataFrame(dict(item=[other(o) for o in its], x=np.arange(len(its))))
+    sides = cf_learner(dls, SideProduct, n_factors=4, config=dict(items=feats.assign(item=its)))
+    for f in (lambda: l.recommend(us[:2], exclude=odd), lambda: l.recommend(us[:2], exclude={us[0]: odd}), lambda: l.recommend(us[:2], candidates={us[0]: odd}),
+              lambda: l.recommend(us[:2], exclude=pd.DataFrame(dict(user=[other(us[0])], item=its[:1])).astype({'user':object})),
+              lambda: l.recommend(us[:2], candidates=pd.DataFrame(dict(user=[other(us[0])], item=its[:1])).astype({'user':'category'})),
+              lambda: l.evaluate(split=later), lambda: l.evaluate(split=df[:200].assign(user=lambda d: d.user.map(other))), lambda: l.evaluate(candidates={us[0]: odd}),
+              lambda: l.compare(l, split=later), lambda: l.fold_in(later), lambda: SideProduct.from_dls(dls, items=feats), lambda: cat_features(dls, 'item', feats.set_index('item'), ['x'])):
+        with pytest.raises(TypeError, match=r'the known ids are \w+, these are \w+: convert them with .astype'): f()
+    with pytest.raises(UnknownIdError, match='convert them with .astype'): l.recommend(us[0], candidates=odd)
+    for f in (lambda: l.partial_fit(later), lambda: sides.add_ids(feats)):
+        with pytest.raises(TypeError, match='give them the same type'): f()
+    assert len(l.recommend(us[0], k=3, exclude=[known(10**6),known(10**7)]))==3
+
+def test_a_few_ids_of_another_type_and_ids_that_are_unknown_in_both():
+    known = pd.Index([7,8,9])
+    for ids in ([10,11], ['a','7b'], [np.nan,2.5], [None], [], ['7','x','y','z'], pd.Series([10], dtype='category'), [pd.Timestamp(0)]): check_kinds(ids, known, 'ids')
+    for ids in (['7'], ['7','8','x'], np.array(['7']), pd.Series(['9'], dtype='category'), pd.Index(['7'], dtype=object)):
+        with pytest.raises(TypeError, match="ids such as '[79]': the known ids are int64, these are str: convert them with .astype.'int64'"): check_kinds(ids, known, 'ids')
+    for ids in ([7], [7.], np.array([7]), pd.Series([7], dtype='Int64')):
+        with pytest.raises(TypeError, match="convert them with .astype.'str'"): check_kinds(ids, known.astype(str), 'ids')
+
 def naive_mmr(recs, scores, V, k, div):
     recs = [i for i in recs if i>=0]
     if not recs: return []
@@ -274,7 +303,7 @@ def test_ids_in_any_container():
     for out in (a, [a], {a}, {7:a}, {7:{a}}): pd.testing.assert_frame_equal(learn.recommend(7, **{**every, 'k':29}, exclude=out).drop(columns='rank'), full[full.title!=a].reset_index(drop=True).drop(columns='rank'))
     for own in ([a,b], {a,b}, {7:[a,b]}, {7:{a,b}}, {7:pd.Series([a,b])}): assert set(learn.recommend(7, k=2, candidates=own, exclude_seen=False).title)=={a,b}
     for us in ({7,3}, {7:0,3:0}.keys(), iter([7,3]), (7,3)): assert set(learn.recommend(us, k=1).user)=={7,3}
-    with pytest.raises(TypeError, match="users such as '7', and the users asked for are such as 7"): learn.recommend([7], candidates={'7':[a]})
+    with pytest.raises(TypeError, match="users such as '7': the known ids are int64, these are str"): learn.recommend([7], candidates={'7':[a]})
 
 def test_models_without_parameters():
     dls = CFDataLoaders.from_df(synth_ratings(40, 30, 600), item_name='title', rating_name=None, seed=1, device='cpu')
