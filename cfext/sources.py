@@ -7,6 +7,7 @@ __all__ = ['synth_ratings', 'read_ratings', 'TimeSplitter', 'LastNSplitter', 'Co
 
 # %% ../nbs/01a_sources.ipynb #5405200f
 import gzip
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np,pandas as pd
@@ -182,20 +183,36 @@ def read_ratings(
     raise ValueError(f"{path} is no known layout: expected one of {', '.join(_layouts)} in it; it holds "
                      f"{', '.join(sorted(o.name for o in path.iterdir())[:6]) or 'nothing'}. Name a file in it instead")
 
-# %% ../nbs/01a_sources.ipynb #f3ddee0b
+# %% ../nbs/01a_sources.ipynb #fda2d4a0
 def _check_pct(valid_pct):
     if not 0<=valid_pct<1: raise ValueError(f"`valid_pct`={valid_pct} should be a share of the rows, at least 0 and below 1")
 
+def _text_times(col):
+    "Text as numbers or, where some begin with 0 or are none, as ISO 8601 dates"
+    if not (text := col.astype(str)).str.match(r'0\d').any():
+        with suppress(ValueError,TypeError): return pd.to_numeric(col)
+    t = pd.to_datetime(col, format='ISO8601', utc=True, errors='coerce')
+    if (odd := text[t.isna() & col.notna() & (text!='')]).empty: return t
+    raise ValueError(f"`time_name`={col.name!r} holds text that is neither numbers nor dates like 2020-01-31, such as {odd.iloc[0]!r}, and by its letters it "
+                     f"would not be in the order of time: convert it with `pd.to_datetime(df[{col.name!r}], format=...)`")
+
+def _times(df, time_name):
+    "The column of times as values that sort by time: text is read, ordered categories count by their order"
+    col = df[find_col(df, time_name, 'time')]
+    if getattr(col.dtype, 'ordered', False): t = col.cat.codes.where(col.notna())
+    else:
+        t = col.astype(col.cat.categories.dtype) if isinstance(col.dtype, pd.CategoricalDtype) else col
+        if pd.api.types.infer_dtype(t) in ('string','bytes','mixed','mixed-integer'): t = _text_times(t)
+    if t.isna().any(): raise ValueError(f"`time_name`={col.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
+    return t
+
 def _time_order(df, time_name):
     "Row numbers by time, earliest first; ties stay in the frame's order"
-    if time_name is None: return np.arange(len(df))
-    t = df[find_col(df, time_name, 'time')]
-    if t.isna().any(): raise ValueError(f"`time_name`={t.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
-    return np.argsort(t.cat.codes.to_numpy() if getattr(t.dtype, 'ordered', False) else t.to_numpy(), kind='stable')
+    return np.arange(len(df)) if time_name is None else _times(df, time_name).argsort(kind='stable').to_numpy()
 
 def TimeSplitter(
     valid_pct:float=0.2, # share of the rows to hold out, 0 to 1
-    time_name:str|None='timestamp', # column of times, of any dtype that sorts; `None`: the frame is in order already
+    time_name:str|None='timestamp', # column of times: numbers, datetimes, ordered categories, or text as numbers or ISO dates; `None`: the frame is in order already
 ):
     "Create a function that holds out the last `valid_pct` of all rows by time"
     _check_pct(valid_pct)

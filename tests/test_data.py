@@ -313,3 +313,19 @@ def test_rows_to_predict_that_are_no_pairs(df):
     for odd in ((1,2,3),[1],['ab'],[(1,2,3)],[(1,2),3]):
         with pytest.raises(ValueError, match=r'expected pairs \(user, item\)'): learn.predict(odd)
     assert len(learn.predict([(df.user[0],df.item[0])]*2)[2])==2
+
+def test_text_is_no_order_of_time(df):
+    "Numbers and ISO dates are read from text, other text is refused, whatever holds it; so for every splitter, and for folds"
+    days = pd.Series(pd.date_range('2019-12-25', periods=900, freq='8h'))
+    held = lambda t: [fold_rows(df.assign(timestamp=t), 3, 'past')[-1][1].tolist(), *(f(df.assign(timestamp=t))[1].tolist() for f in (TimeSplitter(.3),LastNSplitter(2)))]
+    want,number = held(days.to_numpy()),(days.astype('int64')//10**9).to_numpy()
+    for kind in (object,'string','category'):
+        for text in (days.dt.strftime('%Y-%m-%d %H:%M'), days.dt.strftime('%Y-%m-%dT%H:%M:%S+0100'), pd.Series(number).astype(str), pd.Series(range(900)).astype(str)): assert held(text.astype(kind))==want
+        for f in ('%d/%m/%Y %H:%M','%m/%d/%Y','%b %d %Y %H','%d%m%Y'):
+            odd = df.assign(timestamp=days.dt.strftime(f).astype(kind))
+            for split in (TimeSplitter(.3),LastNSplitter(2),lambda o: fold_rows(o, 3, 'time'),lambda o: fold_rows(o, 3, 'past')):
+                with pytest.raises(ValueError, match=r"in the order of time: convert it with `pd.to_datetime\(df\['timestamp'\], format=...\)`"): split(odd)
+    for t in (days, days.dt.tz_localize('UTC'), days.dt.date, days.astype(object), pd.Series(number, dtype='Int64'), days.dt.to_period('h'), days.astype('timestamp[ns][pyarrow]'),
+              pd.Series(pd.Categorical(days.dt.strftime('%d/%m/%Y %H'), days.dt.strftime('%d/%m/%Y %H'), ordered=True))): assert held(t)[1]==want[1]
+    for gap in (None,'',np.nan):
+        with pytest.raises(ValueError, match='3 rows have no time'): TimeSplitter()(df.assign(timestamp=days.dt.strftime('%Y-%m-%d').astype(object).where(df.index>2, gap)))
