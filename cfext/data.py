@@ -17,6 +17,7 @@ from fastai.data.all import *
 from fastai.tabular.core import display_df
 from .core import *
 from .sources import *
+from .sources import _read_csv
 
 # %% ../nbs/01b_data.ipynb #25f554f6
 class IdMap(CollBase):
@@ -426,10 +427,12 @@ def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
 def from_path(cls:CFDataLoaders,
     path:str|Path, # a CSV, TSV or Parquet file, or the folder of a MovieLens set
     split:str|None=None, # ML-100K only: a published split such as 'u1', whose `.test` rows are held out
+    encoding:str='utf-8', # of a single text file: 'latin-1', 'utf-16' and so on
+    dtype=None, # types of the columns of a single text file, as for `pd.read_csv`
     **kwargs,
 ):
     "Make loaders from whatever `read_ratings` reads; where a folder has titles, they are the items"
-    df = read_ratings(path, split)
+    df = read_ratings(path, split, encoding=encoding, dtype=dtype)
     if Path(path).is_dir() and 'title' in df: kwargs = {'item_name':'title', **kwargs}
     if split: kwargs = {'splitter':ColSplitter('is_valid'), **kwargs}
     return cls.from_df(df, **kwargs)
@@ -437,11 +440,13 @@ def from_path(cls:CFDataLoaders,
 @patch(cls_method=True)
 @delegates(CFDataLoaders.from_df)
 def from_csv(cls:CFDataLoaders,
-    csv:str|Path, # a file that `pd.read_csv` reads
+    csv:str|Path, # a text file, packed or not, or its URL; comma, tab, semicolon and bar are recognised
+    encoding:str='utf-8', # such as 'latin-1' or 'utf-16'
+    dtype=None, # types of columns, as for `pd.read_csv`: such as `{'isbn':str}`
     **kwargs,
 ):
     "Make loaders from a CSV file"
-    return cls.from_df(pd.read_csv(csv), **kwargs)
+    return cls.from_df(_read_csv(csv, encoding, dtype), **kwargs)
 
 @patch(cls_method=True)
 @delegates(CFDataLoaders.from_df)

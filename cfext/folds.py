@@ -15,6 +15,7 @@ from fastai.learner import *
 from fastcore.all import *
 from .core import *
 from .sources import *
+from .sources import _times
 from .data import *
 from .learner import *
 from .bundle import *
@@ -27,11 +28,11 @@ def _fold_numbers(df, k, by, cols, rng):
     n = len(df)
     if by=='random': return rng.permutation(n)%k
     if by in ('time','past'):
-        t = df[find_col(df, cols['time'], 'time')]
-        if t.isna().any(): raise ValueError(f"`time_name`={t.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
-        rank = np.empty(n, int)
-        rank[np.argsort(t.to_numpy(), kind='stable')] = np.arange(n)
-        return rank*k//n
+        codes = pd.factorize(_times(df, cols['time']), sort=True)[0]
+        count = np.bincount(codes)
+        res = ((count.cumsum()-count)*k//n)[codes]
+        if (m := len(np.unique(res)))<k: raise ValueError(f"`k`={k}: {len(count)} different times can be cut into {m} even stretches only, since rows of one time stay together; take fewer folds, or finer times")
+        return res
     if by=='user':
         codes,uniq = pd.factorize(df[find_col(df, cols['user'], 'user')])
         if k>len(uniq): raise ValueError(f"`k`={k} folds of {len(uniq)} users")

@@ -6,11 +6,15 @@
 __all__ = ['synth_ratings', 'read_ratings', 'TimeSplitter', 'LastNSplitter', 'ColdUserSplitter']
 
 # %% ../nbs/01a_sources.ipynb #5405200f
-import gzip
+import gzip,io,zlib
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np,pandas as pd
 import torch
+from pandas.api.types import is_numeric_dtype
+from pandas.io.common import get_handle
 from fastcore.basics import *
 from .core import *
 
@@ -107,6 +111,35 @@ def _read_ml100k(path, split=None):
     its = pd.DataFrame(dict(item=its[0], title=its[1], genres=['|'.join(np.array(_ml100k_genres)[f]) for f in flags]))
     return df.merge(its, on='item', how='left')
 
+# %% ../nbs/01a_sources.ipynb #0209947b
+def _padded(raw, sep):
+    "May a field of these bytes be a number that begins with 0, as in 007?"
+    a = np.frombuffer(raw, np.uint8)
+    at = np.flatnonzero(a[1:-1]==ord('0'))+1
+    return (np.isin(a[at-1], [*f'{sep}\n\r"'.encode()]) & (a[at+1]-48<10)).any()
+
+def _parse_csv(raw, dtype=None):
+    "A frame of text in UTF-8: tab, semicolon, bar or comma by the header, numbers that begin with 0 as text"
+    sep = max('\t;|,', key=raw[:raw.find(b'\n')].decode('utf-8', 'replace').count)
+    read = partial(pd.read_csv, sep=sep, low_memory=False)
+    df = read(io.BytesIO(raw), dtype=dtype)
+    types = dtype if isinstance(dtype, dict) else {} if dtype is None else dict.fromkeys(df)
+    nums = [c for c in df if c not in types and is_numeric_dtype(df[c]) and df[c].notna().any()]
+    if not nums or not _padded(raw, sep): return df
+    text = read(io.BytesIO(raw), dtype={**types, **dict.fromkeys(nums, str)})[nums]
+    return df.assign(**{c: text[c] for c in nums if text[c].str.match(r'0\d').any()})
+
+def _read_csv(path, encoding='utf-8', dtype=None):
+    "A table from a text file, packed or not"
+    try:
+        with get_handle(path, 'rb', compression='infer', is_text=False) as f: raw = f.handle.read()
+        return _parse_csv(raw if encoding=='utf-8' else raw.decode(encoding).encode(), dtype)
+    except UnicodeError as e: raise ValueError(f"{path} is not written in {encoding}: name its encoding, such as 'latin-1' or 'utf-16'") from e
+    except LookupError as e: raise ValueError(f"`encoding`={encoding!r} is not known: expected a name such as 'utf-8', 'latin-1' or 'utf-16'") from e
+    except pd.errors.EmptyDataError as e: raise ValueError(f"{path} is empty: expected a line of column names and then a line for each row") from e
+    except pd.errors.ParserError as e: raise ValueError(f"{path} is no table: {e}") from e
+    except (EOFError,gzip.BadGzipFile,zlib.error) as e: raise ValueError(f"{path} is no whole gzip file ({e}): fetch it, or pack it, again") from e
+
 # %% ../nbs/01a_sources.ipynb #75b8d8bc
 def _read_ml1m(path):
     "`ratings.dat` and `movies.dat` of the 1M and 10M sets"
@@ -121,9 +154,9 @@ def _read_ml1m(path):
 
 def _read_ml_csv(path):
     "`ratings.csv` and `movies.csv` of the latest, latest-small, 20M, 25M and 32M sets"
-    df = pd.read_csv(path/'ratings.csv').rename(columns=dict(userId='user', movieId='item'))
+    df = _read_csv(path/'ratings.csv').rename(columns=dict(userId='user', movieId='item'))
     if not (path/'movies.csv').exists(): return df
-    return df.merge(pd.read_csv(path/'movies.csv').rename(columns=dict(movieId='item')), on='item', how='left')
+    return df.merge(_read_csv(path/'movies.csv').rename(columns=dict(movieId='item')), on='item', how='left')
 
 # %% ../nbs/01a_sources.ipynb #de6d039f
 def _read_lists(path):
@@ -152,28 +185,30 @@ _layouts = {'u.data':_read_ml100k, 'ratings.dat':_read_ml1m, 'ratings.csv':_read
 _with_split = (_read_ml100k,_read_lightgcn)
 
 # %% ../nbs/01a_sources.ipynb #c123c57e
-def _read_file(path):
-    "A table from one file, by its ending; tab, semicolon and bar are recognised in text files"
+def _read_file(path, encoding, dtype):
+    "A table from one file, by its ending"
     name = path.name.removesuffix('.gz')
     if name.endswith(('.parquet','.pq')):
         import_extra('pyarrow', 'fast-io')
         return pd.read_parquet(path)
-    if name.endswith(('.csv','.tsv','.txt')):
-        with (gzip.open if path.suffix=='.gz' else open)(path, 'rt', encoding='utf-8', errors='replace') as f: head = f.readline()
-        return pd.read_csv(path, sep=max('\t;|,', key=head.count))
+    if name.endswith(('.csv','.tsv','.txt')): return _read_csv(path, encoding, dtype)
     if name.endswith(('.data','.base','.test')): return _read_u(path)
     raise ValueError(f"{path} is no file that is read here: .csv, .tsv, .txt (with a header), .parquet, .data; plain or with .gz")
 
 def read_ratings(
     path:str|Path, # a file, or the folder of a MovieLens set or of one in LightGCN's layout
     split:str|None=None, # a published split, marked in a column `is_valid`: 'u1' or 'ua' for ML-100K, 'test' for LightGCN's layout
+    *,
+    encoding:str='utf-8', # of a single text file: 'latin-1', 'utf-16' and so on
+    dtype=None, # types of the columns of a single text file, as for `pd.read_csv`: such as `{'isbn':str}`
 )->pd.DataFrame: # one row a rating; a folder's columns: user, item[, rating, timestamp][, title, genres][, is_valid]
     "Read ratings from a CSV, TSV or Parquet file, a MovieLens folder (100k, 1m, 10m, latest, latest-small, 20m, 25m, 32m), or train.txt and test.txt"
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f"{path} is neither a file nor a folder")
     if path.is_file():
         if split: raise ValueError(f"`split`={split!r} goes with a folder that has published splits; {path.name} is a single file")
-        return _read_file(path)
+        return _read_file(path, encoding, dtype)
+    if dtype is not None or encoding!='utf-8': raise ValueError(f"`encoding` and `dtype` go with a single text file; {path} is a folder")
     for f,reader in _layouts.items():
         if not (path/f).exists(): continue
         if reader in _with_split: return reader(path, split)
@@ -182,20 +217,36 @@ def read_ratings(
     raise ValueError(f"{path} is no known layout: expected one of {', '.join(_layouts)} in it; it holds "
                      f"{', '.join(sorted(o.name for o in path.iterdir())[:6]) or 'nothing'}. Name a file in it instead")
 
-# %% ../nbs/01a_sources.ipynb #f3ddee0b
+# %% ../nbs/01a_sources.ipynb #fda2d4a0
 def _check_pct(valid_pct):
     if not 0<=valid_pct<1: raise ValueError(f"`valid_pct`={valid_pct} should be a share of the rows, at least 0 and below 1")
 
+def _text_times(col):
+    "Text as numbers or, where some begin with 0 or are none, as ISO 8601 dates"
+    if not (text := col.astype(str)).str.match(r'0\d').any():
+        with suppress(ValueError,TypeError): return pd.to_numeric(col)
+    t = pd.to_datetime(col, format='ISO8601', utc=True, errors='coerce')
+    if (odd := text[t.isna() & col.notna() & (text!='')]).empty: return t
+    raise ValueError(f"`time_name`={col.name!r} holds text that is neither numbers nor dates like 2020-01-31, such as {odd.iloc[0]!r}, and by its letters it "
+                     f"would not be in the order of time: convert it with `pd.to_datetime(df[{col.name!r}], format=...)`")
+
+def _times(df, time_name):
+    "The column of times as values that sort by time: text is read, ordered categories count by their order"
+    col = df[find_col(df, time_name, 'time')]
+    if getattr(col.dtype, 'ordered', False): t = col.cat.codes.where(col.notna())
+    else:
+        t = col.astype(col.cat.categories.dtype) if isinstance(col.dtype, pd.CategoricalDtype) else col
+        if pd.api.types.infer_dtype(t) in ('string','bytes','mixed','mixed-integer'): t = _text_times(t)
+    if t.isna().any(): raise ValueError(f"`time_name`={col.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
+    return t
+
 def _time_order(df, time_name):
     "Row numbers by time, earliest first; ties stay in the frame's order"
-    if time_name is None: return np.arange(len(df))
-    t = df[find_col(df, time_name, 'time')]
-    if t.isna().any(): raise ValueError(f"`time_name`={t.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
-    return np.argsort(t.cat.codes.to_numpy() if getattr(t.dtype, 'ordered', False) else t.to_numpy(), kind='stable')
+    return np.arange(len(df)) if time_name is None else _times(df, time_name).argsort(kind='stable').to_numpy()
 
 def TimeSplitter(
     valid_pct:float=0.2, # share of the rows to hold out, 0 to 1
-    time_name:str|None='timestamp', # column of times, of any dtype that sorts; `None`: the frame is in order already
+    time_name:str|None='timestamp', # column of times: numbers, datetimes, ordered categories, or text as numbers or ISO dates; `None`: the frame is in order already
 ):
     "Create a function that holds out the last `valid_pct` of all rows by time"
     _check_pct(valid_pct)

@@ -313,3 +313,63 @@ def test_rows_to_predict_that_are_no_pairs(df):
     for odd in ((1,2,3),[1],['ab'],[(1,2,3)],[(1,2),3]):
         with pytest.raises(ValueError, match=r'expected pairs \(user, item\)'): learn.predict(odd)
     assert len(learn.predict([(df.user[0],df.item[0])]*2)[2])==2
+
+def test_text_is_no_order_of_time(df):
+    "Numbers and ISO dates are read from text, other text is refused, whatever holds it; so for every splitter, and for folds"
+    days = pd.Series(pd.date_range('2019-12-25', periods=900, freq='8h'))
+    held = lambda t: [fold_rows(df.assign(timestamp=t), 3, 'past')[-1][1].tolist(), *(f(df.assign(timestamp=t))[1].tolist() for f in (TimeSplitter(.3),LastNSplitter(2)))]
+    want,number = held(days.to_numpy()),(days.astype('int64')//10**9).to_numpy()
+    for kind in (object,'string','category'):
+        for text in (days.dt.strftime('%Y-%m-%d %H:%M'), days.dt.strftime('%Y-%m-%dT%H:%M:%S+0100'), pd.Series(number).astype(str), pd.Series(range(900)).astype(str)): assert held(text.astype(kind))==want
+        for f in ('%d/%m/%Y %H:%M','%m/%d/%Y','%b %d %Y %H','%d%m%Y'):
+            odd = df.assign(timestamp=days.dt.strftime(f).astype(kind))
+            for split in (TimeSplitter(.3),LastNSplitter(2),lambda o: fold_rows(o, 3, 'time'),lambda o: fold_rows(o, 3, 'past')):
+                with pytest.raises(ValueError, match=r"in the order of time: convert it with `pd.to_datetime\(df\['timestamp'\], format=...\)`"): split(odd)
+    for t in (days, days.dt.tz_localize('UTC'), days.dt.date, days.astype(object), pd.Series(number, dtype='Int64'), days.dt.to_period('h'), days.astype('timestamp[ns][pyarrow]'),
+              pd.Series(pd.Categorical(days.dt.strftime('%d/%m/%Y %H'), days.dt.strftime('%d/%m/%Y %H'), ordered=True))): assert held(t)[1]==want[1]
+    for gap in (None,'',np.nan):
+        with pytest.raises(ValueError, match='3 rows have no time'): TimeSplitter()(df.assign(timestamp=days.dt.strftime('%Y-%m-%d').astype(object).where(df.index>2, gap)))
+
+def test_a_column_of_a_file_has_one_type(df, tmp_path):
+    "However late a letter comes; an id with leading zeros is text, another id than the number, wherever it is read"
+    late = pd.DataFrame(dict(user=[*map(str, range(300_000)),'x5'], item=range(300_001), rating=3))
+    late.to_csv(tmp_path/'late.csv', index=False)
+    assert set(map(type, read_ratings(tmp_path/'late.csv').user))=={str}
+    pad = df.assign(user=df.user.map('{:03}'.format), item=df['item'].where(df['item']>5).astype('Int64'), day=pd.Series(pd.date_range('2020-01-01', periods=900)).dt.strftime('%d/%m/%Y'), stars=df.rating/10)
+    pad.to_csv(tmp_path/'pad.csv', index=False)
+    pad.to_csv(tmp_path/'pad.tsv.gz', index=False, sep='\t', quoting=1)
+    for f in ('pad.csv','pad.tsv.gz'):
+        got = read_ratings(tmp_path/f)
+        assert got.user.tolist()==pad.user.tolist() and [got[c].dtype.kind for c in ('item','rating','timestamp','stars')]==['f','f','i','f']
+        dls = CFDataLoaders.from_csv(tmp_path/f, item_name='title', device='cpu')
+        assert set(dls.classes['user'].ids)<=set(pad.user) and dls.n_users-1==pad.user.nunique()
+    assert read_ratings(tmp_path/'pad.csv', dtype=dict(user='int32')).user.dtype=='int32' and read_ratings(tmp_path/'pad.csv', dtype=dict(item=str)).user[0]==pad.user[0]
+    assert set(read_ratings(tmp_path/'pad.csv', dtype=str).dtypes)=={pd.Series(['a'], dtype=str).dtype}
+    assert CFDataLoaders.from_path(tmp_path/'pad.csv', item_name='title', dtype=dict(user=float), device='cpu').classes['user'].ids.dtype=='float64'
+    for text,want in (('a,a,b\n01,1,2\n1,02,3\n',{'a':['01','1'],'a.1':['1','02'],'b':[2,3]}), ('a,b\n01,1,02\n1,2,3\n',{'a':[1,2],'b':['02','3']}), ('a,b\n0,0.5\n10,\n',{'a':[0,10]}), ('a,b\n01,\n2,\n',{'a':['01','2']})):
+        (tmp_path/'odd.csv').write_text(text)
+        got = read_ratings(tmp_path/'odd.csv')
+        assert {c: got[c].tolist() for c in want}==want
+
+def test_files_that_need_a_word(df, tmp_path):
+    "Other encodings, `;`, packed files; what cannot be read says which file, and the mend"
+    cafe = df.assign(title='Café '+df.title)
+    for f,enc,sep in (('l.csv','latin-1',';'),('u.txt','utf-16','\t'),('b.csv','utf-8-sig','|'),('w.csv.gz','cp1252',';')):
+        cafe.to_csv(tmp_path/f, index=False, sep=sep, encoding=enc)
+        kw = {} if enc=='utf-8-sig' else dict(encoding=enc)
+        for make in (CFDataLoaders.from_csv,CFDataLoaders.from_path): assert rows_of(make(tmp_path/f, item_name='title', seed=3, device='cpu', **kw).train_ds)==rows_of(loaders(cafe, item_name='title').train_ds)
+        if kw:
+            for read in (read_ratings,CFDataLoaders.from_csv,CFDataLoaders.from_path):
+                with pytest.raises(ValueError, match=f"{f} is not written in utf-8: name its encoding, such as 'latin-1'"): read(tmp_path/f)
+    df.to_csv(tmp_path/'z.zip', index=False, sep=';')
+    for f in (tmp_path/'z.zip',(tmp_path/'z.zip').as_uri()): assert rows_of(CFDataLoaders.from_csv(f, seed=3, device='cpu').train_ds)==rows_of(loaders(df).train_ds)
+    df.to_csv(tmp_path/'r.csv.gz', index=False)
+    packed = (tmp_path/'r.csv.gz').read_bytes()
+    for f,raw,msg in (('e.csv',b'','e.csv is empty: expected a line of column names'), ('h.csv.gz',packed[:len(packed)//2],'h.csv.gz is no whole gzip file'), ('n.csv.gz',b'user,item','n.csv.gz is no whole gzip file'),
+                      ('p.csv',b'user,item\n1,2\n1,2,3,4\n','p.csv is no table'), ('s.csv.gz',packed[:40]+b'xx'+packed[42:],'s.csv.gz is no whole gzip file')):
+        (tmp_path/f).write_bytes(raw)
+        for read in (read_ratings,CFDataLoaders.from_csv):
+            with pytest.raises(ValueError, match=msg): read(tmp_path/f)
+    with pytest.raises(ValueError, match="`encoding`='klingon' is not known"): read_ratings(tmp_path/'l.csv', encoding='klingon')
+    for kw in (dict(encoding='latin-1'),dict(dtype=str)):
+        with pytest.raises(ValueError, match='go with a single text file'): read_ratings(tmp_path, **kw)

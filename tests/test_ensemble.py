@@ -219,6 +219,17 @@ def test_fold_numbers_of_ones_own(df):
         with pytest.raises(ValueError, match=msg): fold_rows(df, by=by)
     for by in (np.arange(n)%3, np.arange(n)%3*1., pd.Series(np.arange(n)%3)): assert len(fold_rows(df, by=by))==3
 
+def test_folds_by_time_cut_between_times(df):
+    "Rows of one time are never on both sides of a cut"
+    day = df.assign(timestamp=np.random.default_rng(0).permutation(len(df))%23)
+    for by in ('time','past'):
+        rows = fold_rows(day, 4, by)
+        assert len(rows)==(4 if by=='time' else 3)
+        for tr,va in rows: assert not set(day.timestamp.iloc[tr]) & set(day.timestamp.iloc[va]) and abs(len(va)-len(df)/4)<=len(df)/23+1
+    for tr,va in fold_rows(day, 4, 'past'): assert day.timestamp.iloc[tr].max()<day.timestamp.iloc[va].min()
+    for t,m in ((0,1),(np.where(df.index<9*len(df)//10, 0, df.index),2)):
+        with pytest.raises(ValueError, match=f'into {m} even stretches only'): fold_rows(df.assign(timestamp=t), 4, 'past')
+
 def test_spoiled_folds(df, tmp_path):
     a = fit_folds(make, df, k=2, path=tmp_path)
     (tmp_path/'fold1-seed0.npy').write_bytes(b'half')
