@@ -556,6 +556,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cfext.interpret.CatView.__len__': ('interpret.html#catview.__len__', 'cfext/interpret.py'),
                                  'cfext.interpret.CatView.__repr__': ('interpret.html#catview.__repr__', 'cfext/interpret.py'),
                                  'cfext.interpret._by_id': ('interpret.html#_by_id', 'cfext/interpret.py'),
+                                 'cfext.interpret._code': ('interpret.html#_code', 'cfext/interpret.py'),
                                  'cfext.interpret._col_name': ('interpret.html#_col_name', 'cfext/interpret.py'),
                                  'cfext.interpret._colors': ('interpret.html#_colors', 'cfext/interpret.py'),
                                  'cfext.interpret._gradients': ('interpret.html#_gradients', 'cfext/interpret.py'),
