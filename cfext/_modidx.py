@@ -593,6 +593,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.kernels.kernel_hurdle': ('kernels.html#kernel_hurdle', 'cfext/kernels.py'),
                                'cfext.kernels.kernel_ready': ('kernels.html#kernel_ready', 'cfext/kernels.py')},
             'cfext.learner': { 'cfext.learner.CFLearner': ('learner.html#cflearner', 'cfext/learner.py'),
+                               'cfext.learner.CFLearner._around': ('learner.html#cflearner._around', 'cfext/learner.py'),
                                'cfext.learner.CFLearner._call_one': ('learner.html#cflearner._call_one', 'cfext/learner.py'),
                                'cfext.learner.CFLearner._end_cleanup': ('learner.html#cflearner._end_cleanup', 'cfext/learner.py'),
                                'cfext.learner.CFLearner._fast_epoch': ('learner.html#cflearner._fast_epoch', 'cfext/learner.py'),
