@@ -195,4 +195,6 @@ def load_bundle(
                         ResidentDL(dss[1], bs=max(d['bs'], 8192), device=device), path=path, device=device)
     dls.unk,dls.also_seen = d['unk'],(t.get('train.also'), t.get('valid.also'))
     with _told(f"`Negatives` does not take {d.get('negatives')!r}"): cbs = [Negatives(**d['negatives'])] if 'negatives' in d else None
-    return cf_learner(dls, model, loss_func=loss_func, unk_p=d['unk_p'], cbs=cbs)
+    learn = cf_learner(dls, model, loss_func=loss_func, unk_p=d['unk_p'], cbs=cbs)
+    learn.model.eval() # as after a fit: nothing has to switch it while threads ask
+    return learn

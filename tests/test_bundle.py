@@ -85,6 +85,22 @@ def test_trains_on_after_loading(tmp_path):
     with again.no_bar(),again.no_logging(): again.fit_one_cycle(3, 0.03)
     assert again.recorder.values[-1][1]<learn.validate()[0]
 
+def test_answers_switch_no_mode(tmp_path):
+    "A thread that would put dropout on again while another one scores would spoil its scores"
+    again,modes = load_bundle(make(EmbeddingNet).save_bundle(tmp_path), device='cpu'),[]
+    class Spy(type(again.model)):
+        def train(self, mode=True):
+            modes.append(mode)
+            return super().train(mode)
+        def __setattr__(self, k, v):
+            if k=='training': modes.append(v)
+            super().__setattr__(k, v)
+    assert not any(m.training for m in again.model.modules())
+    again.model.__class__ = Spy
+    u,i = again.dls.classes['user'][1],again.dls.classes['title'][1]
+    again.recommend([u,999], k=3, unk='mean'), again.predict((u,i)), again.explain(u, i), again.similar_items(i)
+    assert modes and not any(modes) and not any(m.training for m in again.model.modules())
+
 def test_a_model_of_ones_own(tmp_path):
     class Mine(nn.Module):
         def __init__(self): super().__init__(); self.i = nn.Parameter(torch.randn(41,1))
