@@ -99,11 +99,12 @@ def save_bundle(self:CFLearner,
     model = self.model if history else getattr(self.model, 'without_rows', lambda: self.model)()
     tensors = {f'model.{k}': v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     if history: tensors.update(_rows(self.dls))
+    _files(path) # raises where the folder is of something else
     path.mkdir(parents=True, exist_ok=True)
-    old = _files(path)
     files = dict(tensors=_put(path, 'tensors', '.safetensors', lambda f: save_file(tensors, f)),
                  ids=_put(path, 'ids', '.json', lambda f: f.write_text(json.dumps(ids, ensure_ascii=False), encoding='utf-8')))
     manifest = dict(format=bundle_format, kind='cfext bundle', files=files, **_settings(self, model))
+    old = _files(path) # read late: another process may have saved meanwhile
     with whole_file(path/'bundle.json') as f: f.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in old - {v['name'] for v in files.values()}: (path/o).unlink(missing_ok=True)
     return path
@@ -117,8 +118,11 @@ def _rows(dls):
 
 def _files(path):
     "Names of the data files of the bundle in a folder, if there is a readable one"
-    try: return {Path(o['name']).name for o in json.loads((path/'bundle.json').read_text(encoding='utf-8'))['files'].values()}
-    except (OSError,ValueError,KeyError,TypeError,AttributeError): return set()
+    try: d = json.loads((path/'bundle.json').read_text(encoding='utf-8'))
+    except (OSError,ValueError): return set()
+    if isinstance(d, dict) and d.get('kind')!='cfext bundle': raise BundleError(f"{path/'bundle.json'} is not the manifest of a bundle; expected a folder, new or of a bundle: give another name")
+    try: return {Path(o['name']).name for o in d['files'].values()}
+    except (KeyError,TypeError,AttributeError): return set()
 
 # %% ../nbs/14_bundle.ipynb #e255b542
 def _want(d, where, **kinds):

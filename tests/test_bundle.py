@@ -136,6 +136,13 @@ def test_crash_while_saving_leaves_the_old_bundle(tmp_path, monkeypatch):
     learn.save_bundle(tmp_path)
     assert not torch.equal(load_bundle(tmp_path, device='cpu').predict(df, unk='na')[2], before) and len(list(tmp_path.iterdir()))==3
 
+def test_a_bundle_json_of_something_else_is_left_alone(tmp_path):
+    mine = dict(kind='web bundle', files=dict(main=dict(name='thesis.tex')))
+    (tmp_path/'bundle.json').write_text(json.dumps(mine))
+    (tmp_path/'thesis.tex').write_text('years of work')
+    with pytest.raises(BundleError, match='bundle.json is not the manifest of a bundle; .*give another'): make().save_bundle(tmp_path)
+    assert json.loads((tmp_path/'bundle.json').read_text())==mine and (tmp_path/'thesis.tex').read_text()=='years of work' and len(list(tmp_path.iterdir()))==2
+
 def test_spoiled_bundles(tmp_path):
     learn = make()
     def spoil(stem, text):
