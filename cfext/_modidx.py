@@ -96,6 +96,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cfext.bundle._ids_to_json': ('bundle.html#_ids_to_json', 'cfext/bundle.py'),
                               'cfext.bundle._manifest': ('bundle.html#_manifest', 'cfext/bundle.py'),
                               'cfext.bundle._put': ('bundle.html#_put', 'cfext/bundle.py'),
+                              'cfext.bundle._read': ('bundle.html#_read', 'cfext/bundle.py'),
                               'cfext.bundle._rows': ('bundle.html#_rows', 'cfext/bundle.py'),
                               'cfext.bundle._settings': ('bundle.html#_settings', 'cfext/bundle.py'),
                               'cfext.bundle._told': ('bundle.html#_told', 'cfext/bundle.py'),

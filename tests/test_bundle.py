@@ -143,6 +143,30 @@ def test_a_bundle_json_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(BundleError, match='bundle.json is not the manifest of a bundle; .*give another'): make().save_bundle(tmp_path)
     assert json.loads((tmp_path/'bundle.json').read_text())==mine and (tmp_path/'thesis.tex').read_text()=='years of work' and len(list(tmp_path.iterdir()))==2
 
+@pytest.mark.parametrize('step', ['_digest','load_file'])
+def test_a_bundle_that_is_replaced_while_it_is_read(step, tmp_path, monkeypatch):
+    "The files of the old one go while they are read: the new one is read instead"
+    old,new,real,calls = make(),make(),getattr(B, step),[]
+    with torch.no_grad(): new.model.item_bias.add_(1)
+    old.save_bundle(tmp_path)
+    def _inner(f):
+        calls.append(f)
+        if len(calls)==1:
+            monkeypatch.setattr(B, step, real)
+            new.save_bundle(tmp_path)
+            monkeypatch.setattr(B, step, _inner)
+        return real(f)
+    monkeypatch.setattr(B, step, _inner)
+    again = load_bundle(tmp_path, device='cpu')
+    assert torch.equal(again.model.item_bias, new.model.item_bias) and len(calls)>1
+
+def test_a_bundle_that_lacks_a_file_is_read_once(tmp_path, monkeypatch):
+    calls,real = [],B._manifest
+    next(make().save_bundle(tmp_path).glob('ids-*')).unlink()
+    monkeypatch.setattr(B, '_manifest', lambda p: calls.append(p) or real(p))
+    with pytest.raises(BundleError, match='is missing'): load_bundle(tmp_path)
+    assert len(calls)==1
+
 def test_spoiled_bundles(tmp_path):
     learn = make()
     def spoil(stem, text):
