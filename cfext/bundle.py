@@ -100,11 +100,12 @@ def save_bundle(self:CFLearner,
     model = self.model if history else getattr(self.model, 'without_rows', lambda: self.model)()
     tensors = {f'model.{k}': v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     if history: tensors.update(_rows(self.dls))
+    _files(path) # raises where the folder is of something else
     path.mkdir(parents=True, exist_ok=True)
-    old = _files(path)
     files = dict(tensors=_put(path, 'tensors', '.safetensors', lambda f: save_file(tensors, f)),
                  ids=_put(path, 'ids', '.json', lambda f: f.write_text(json.dumps(ids, ensure_ascii=False), encoding='utf-8')))
     manifest = dict(format=bundle_format, kind='cfext bundle', files=files, **_settings(self, model))
+    old = _files(path) # read late: another process may have saved meanwhile
     with whole_file(path/'bundle.json') as f: f.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in old - {v['name'] for v in files.values()}: (path/o).unlink(missing_ok=True)
     return path
@@ -118,8 +119,11 @@ def _rows(dls):
 
 def _files(path):
     "Names of the data files of the bundle in a folder, if there is a readable one"
-    try: return {Path(o['name']).name for o in json.loads((path/'bundle.json').read_text(encoding='utf-8'))['files'].values()}
-    except (OSError,ValueError,KeyError,TypeError,AttributeError): return set()
+    try: d = json.loads((path/'bundle.json').read_text(encoding='utf-8'))
+    except (OSError,ValueError): return set()
+    if isinstance(d, dict) and d.get('kind')!='cfext bundle': raise BundleError(f"{path/'bundle.json'} is not the manifest of a bundle; expected a folder, new or of a bundle: give another name")
+    try: return {Path(o['name']).name for o in d['files'].values()}
+    except (KeyError,TypeError,AttributeError): return set()
 
 # %% ../nbs/14_bundle.ipynb #e255b542
 def _want(d, where, **kinds):
@@ -172,6 +176,18 @@ def _bundle_model(d, model, state):
     return model
 
 # %% ../nbs/14_bundle.ipynb #446bc508
+def _read(path, tries=20):
+    "The manifest, its files, their tensors and ids; from the start where another bundle took the place of this one meanwhile"
+    stamp = lambda: ((s := (path/'bundle.json').stat()).st_ino, s.st_mtime_ns) if (path/'bundle.json').is_file() else None
+    for j in range(tries):
+        was = stamp()
+        try:
+            d = _manifest(path)
+            f = {k: path/Path(o['name']).name for k,o in d['files'].items()}
+            return d,f,load_file(f['tensors']),json.loads(f['ids'].read_text(encoding='utf-8'))
+        except (BundleError,OSError):
+            if j==tries-1 or stamp()==was: raise
+
 def load_bundle(
     path:str|Path, # folder that `save_bundle` wrote
     *,
@@ -181,9 +197,7 @@ def load_bundle(
 )->CFLearner:
     "Read a bundle into a learner that predicts as the saved one did; no code from the files is run"
     path = Path(path)
-    d = _manifest(path)
-    f = {k: path/Path(o['name']).name for k,o in d['files'].items()}
-    t,ids = load_file(f['tensors']),json.loads(f['ids'].read_text(encoding='utf-8'))
+    d,f,t,ids = _read(path)
     with _told(f"{f['ids']} is not of the columns {d['user_name']!r} and {d['item_name']!r}"): classes = {n: IdMap(_ids_from_json(ids[str(n)])) for n in (d['user_name'], d['item_name'])}
     none,at = torch.zeros(0, 2, dtype=torch.int32),{j: t[f'valid.unknown{j}'].numpy() for j in (0,1) if f'valid.unknown{j}' in t}
     with _told(f"{f['ids']} does not fit the held-out rows"): lost = {j: pd.Series(_ids_from_json(o), i, dtype=object) for (j,i),o in zip(at.items(), ids.get('#held out', []))}
@@ -198,4 +212,6 @@ def load_bundle(
     dls.unk,dls.also_seen = d['unk'],(t.get('train.also'), t.get('valid.also'))
     dls.at_least,dls.weight_name = d.get('at_least'),d.get('weight_name')
     with _told(f"`Negatives` does not take {d.get('negatives')!r}"): cbs = [Negatives(**d['negatives'])] if 'negatives' in d else None
-    return cf_learner(dls, model, loss_func=loss_func, unk_p=d['unk_p'], cbs=cbs)
+    learn = cf_learner(dls, model, loss_func=loss_func, unk_p=d['unk_p'], cbs=cbs)
+    learn.model.eval() # as after a fit: nothing has to switch it while threads ask
+    return learn

@@ -7,6 +7,7 @@ __all__ = ['BuiltFactors', 'norm_adjacency', 'LightGCN']
 
 # %% ../nbs/04c_graph.ipynb #b66d2767
 import warnings
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -92,12 +93,12 @@ def score_pairs(self:BuiltFactors,
 
 # %% ../nbs/04c_graph.ipynb #bd6438f1
 @patch
-def mean_row(self:BuiltFactors,
-    on:bool, # the mean of the others? False: as it is built
-):
-    "Say what row 0 of the kept tables is"
-    self.__dict__['_mean'] = on
-    self._forget()
+def mean_row(self:BuiltFactors)->BuiltFactors: # shares all parameters
+    "Return a model whose kept tables have the mean of the others in row 0"
+    res = copy(self)
+    res.__dict__.update(self.__dict__, _mean=True)
+    res._forget()
+    return res
 
 @patch
 def without_rows(self:BuiltFactors)->DotProduct: # or `DotProductBias`

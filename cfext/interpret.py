@@ -8,6 +8,7 @@ __all__ = ['CatView', 'cat_view', 'biases', 'show_biases', 'show_item_map', 'des
 
 # %% ../nbs/11b_interpret.ipynb #5f9aa900
 from collections.abc import Mapping,Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from .core import *
 from .embed import *
+from .graph import *
 from .learner import *
 from .maps import *
 from .models import *
@@ -300,8 +302,14 @@ def show_errors(
     return axs
 
 # %% ../nbs/11b_interpret.ipynb #d821368e
+def _code(classes, o):
+    "The code of an id, 0 if it is unknown"
+    return int(classes.encode([o])[0]) if hasattr(classes, 'encode') else pd.Index(list(classes)).get_indexer([o])[0]
+
 def _gradients(model, role, code, others):
     "Predictions (m,) for `code` with each of `others`, their gradients (m,f) by the factors of `code`, and these (f,)"
+    if isinstance(model, BuiltFactors): model = BuiltFactors.without_rows(model)
+    model = deepcopy(model, {id(o):o for o in (*model.parameters(), *model.buffers())}) # the same tensors: `functional_call` swaps them, and threads share the model
     tables,where = list(emb_tables(model).values())[role],{id(p):n for n,p in model.named_parameters()}
     if not tables: raise ValueError(f"{type(model).__name__} has no factors of users and items: there is nothing to explain its predictions by")
     rows = [t[code].detach().expand(len(others), -1).clone() for t in tables]
@@ -329,7 +337,7 @@ def explain(
     if reg is not None and not reg>=0: raise ValueError(f"`reg`={reg} should be at least 0")
     if not _roles(dls): raise ValueError(f"explain needs a learner over users and items, this one has the columns {', '.join([*names, *dls.cont_names])}")
     check_fits(learn.model, dls)
-    codes,where = list(cat_codes(dls).values()),[pd.Index(list(dls.classes[n])).get_indexer([o])[0] for n,o in zip(names, (user,item))]
+    codes,where = list(cat_codes(dls).values()),[_code(dls.classes[n], o) for n,o in zip(names, (user,item))]
     for n,o,c in zip(names, (user,item), where):
         if c<1: raise UnknownIdError(n, [o], 'without training rows there is nothing to explain')
     rows = np.flatnonzero(codes[role]==where[role])
@@ -341,7 +349,7 @@ def explain(
     reg = max(phi.T@res@vec/max(vec@vec, 1e-12), floor) if reg is None else reg
     inv = np.linalg.inv(phi.T@phi + reg*np.eye(phi.shape[1]))
     pull,goal,lever = phi@inv@to,res+phi@vec,np.einsum('ij,jk,ik->i', phi, inv, phi)
-    df = pd.DataFrame({names[1-role]:np.array([*dls.classes[names[1-role]],None], dtype=object)[others], 'rating':_targets(dls)[rows], 'share':pull*goal,
+    df = pd.DataFrame({names[1-role]:np.array([*map(dls.classes[names[1-role]].__getitem__, others.tolist()),None], dtype=object)[:-1], 'rating':_targets(dls)[rows], 'share':pull*goal,
                        'loo':pull*(goal-phi@(inv@(phi.T@goal)))/(1-lever)})
     df.attrs = dict(pred=float(p[-1]), taste=float(to@vec), explained=float((pull*goal).sum()), reg=float(reg))
     return df.iloc[np.argsort(-np.abs(df.share.to_numpy()), kind='stable')[:k]].reset_index(drop=True)

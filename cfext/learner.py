@@ -7,7 +7,7 @@ __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
 # %% ../nbs/06_learner.ipynb #082a6c56
 import inspect,warnings
-from contextlib import nullcontext
+from copy import copy
 from operator import attrgetter
 
 import numpy as np,pandas as pd
@@ -122,12 +122,17 @@ class CFLearner(Learner):
     def _end_cleanup(self):
         self.__dict__.pop('_step_graph', None)
         super()._end_cleanup()
+    def _around(self, model):
+        "The same learner around another model, with callbacks of its own"
+        res = copy(self)
+        res.model,res.cbs = model,L()
+        return res.add_cbs([copy(cb) for cb in self.cbs])
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
-        ctx = mean_unknown(self.model) if getattr(dl, 'unk', None)=='mean' else nullcontext()
+        if getattr(dl, 'unk', None)=='mean': self = self._around(mean_unknown(self.model))
         rec = getattr(self, 'recorder', None)
         kept = {k: getattr(rec, k) for k in (*Recorder._stateattrs, 'metric_names') if hasattr(rec, k)}
         try:
-            with ctx: return super().get_preds(ds_idx, dl, **kwargs)
+            return super().get_preds(ds_idx, dl, **kwargs)
         finally:
             for k,v in kept.items(): setattr(rec, k, v)
 

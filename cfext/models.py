@@ -7,7 +7,7 @@ __all__ = ['score_by_forward', 'CFModel', 'check_fits', 'DotProduct', 'DotProduc
            'mean_unknown']
 
 # %% ../nbs/03_models.ipynb #349e6250
-from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import nn,Tensor
@@ -226,23 +226,12 @@ def emb_tables(
             for r in ('user','item')}
 
 # %% ../nbs/03_models.ipynb #130dc52a
-@contextmanager
 def mean_unknown(
     model:nn.Module, # a model with tables that `emb_tables` finds
-):
-    "Run a block with row 0 of each table set to the mean of the others"
-    if hasattr(model, 'mean_row'):
-        model.mean_row(True)
-        try: yield model
-        finally: model.mean_row(False)
-        return
+)->nn.Module: # shares all but the tables with `model`
+    "Return the model with row 0 of each table the mean of the others"
+    if hasattr(model, 'mean_row'): return model.mean_row()
     tables = [t for ts in emb_tables(model).values() for t in ts]
     if not tables: raise ValueError(f"{type(model).__name__} has no tables of users and items that are known here: use unk='na' or 'raise'")
-    saved = [t[0].detach().clone() for t in tables]
-    try:
-        with torch.no_grad():
-            for t in tables: t[0] = t[1:].mean(0)
-        yield model
-    finally:
-        with torch.no_grad():
-            for t,s in zip(tables, saved): t[0] = s
+    own = lambda t: nn.Parameter(torch.cat([t[1:].mean(0, keepdim=True), t[1:]]).detach(), False)
+    return deepcopy(model, {**{id(o):o for o in (*model.parameters(), *model.buffers())}, **{id(t):own(t) for t in tables}})

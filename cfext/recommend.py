@@ -10,7 +10,7 @@ __all__ = ['seen_items', 'seen_pairs', 'top_places', 'NaNScores', 'top_items', '
 import threading,warnings
 from collections import abc
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np,pandas as pd
 import torch
@@ -294,9 +294,9 @@ def _lists(learn, ids, k, exclude_seen, candidates, exclude, unk, diversity, bar
     codes = dls.encode_ids(ids, 'user', unk)
     cands,only = _allowed(dls, ids, candidates)
     pool = min(dls.n_items, max(10*k, 100)) if diversity else k
-    with mean_unknown(learn.model) if unk=='mean' and (codes==0).any() else nullcontext():
-        recs,scores = top_items(learn, codes, pool, seen='all' if exclude_seen else None, candidates=cands, only=only,
-                                exclude=_barred(dls, ids, exclude), bar=bar)
+    model = mean_unknown(learn.model) if unk=='mean' and (codes==0).any() else learn.model
+    recs,scores = top_items(SimpleNamespace(model=model, dls=dls), codes, pool, seen='all' if exclude_seen else None, candidates=cands, only=only,
+                            exclude=_barred(dls, ids, exclude), bar=bar)
     if diversity:
         V = _table(learn, 'item')
         per = max(1, (1<<24)//(pool*V.shape[1]))

@@ -85,6 +85,22 @@ def test_trains_on_after_loading(tmp_path):
     with again.no_bar(),again.no_logging(): again.fit_one_cycle(3, 0.03)
     assert again.recorder.values[-1][1]<learn.validate()[0]
 
+def test_answers_switch_no_mode(tmp_path):
+    "A thread that would put dropout on again while another one scores would spoil its scores"
+    again,modes = load_bundle(make(EmbeddingNet).save_bundle(tmp_path), device='cpu'),[]
+    class Spy(type(again.model)):
+        def train(self, mode=True):
+            modes.append(mode)
+            return super().train(mode)
+        def __setattr__(self, k, v):
+            if k=='training': modes.append(v)
+            super().__setattr__(k, v)
+    assert not any(m.training for m in again.model.modules())
+    again.model.__class__ = Spy
+    u,i = again.dls.classes['user'][1],again.dls.classes['title'][1]
+    again.recommend([u,999], k=3, unk='mean'), again.predict((u,i)), again.explain(u, i), again.similar_items(i)
+    assert modes and not any(modes) and not any(m.training for m in again.model.modules())
+
 def test_a_model_of_ones_own(tmp_path):
     class Mine(nn.Module):
         def __init__(self): super().__init__(); self.i = nn.Parameter(torch.randn(41,1))
@@ -119,6 +135,37 @@ def test_crash_while_saving_leaves_the_old_bundle(tmp_path, monkeypatch):
         assert not [o for o in tmp_path.iterdir() if o.name.startswith(('.','tmp'))], 'no half-written file is left'
     learn.save_bundle(tmp_path)
     assert not torch.equal(load_bundle(tmp_path, device='cpu').predict(df, unk='na')[2], before) and len(list(tmp_path.iterdir()))==3
+
+def test_a_bundle_json_of_something_else_is_left_alone(tmp_path):
+    mine = dict(kind='web bundle', files=dict(main=dict(name='thesis.tex')))
+    (tmp_path/'bundle.json').write_text(json.dumps(mine))
+    (tmp_path/'thesis.tex').write_text('years of work')
+    with pytest.raises(BundleError, match='bundle.json is not the manifest of a bundle; .*give another'): make().save_bundle(tmp_path)
+    assert json.loads((tmp_path/'bundle.json').read_text())==mine and (tmp_path/'thesis.tex').read_text()=='years of work' and len(list(tmp_path.iterdir()))==2
+
+@pytest.mark.parametrize('step', ['_digest','load_file'])
+def test_a_bundle_that_is_replaced_while_it_is_read(step, tmp_path, monkeypatch):
+    "The files of the old one go while they are read: the new one is read instead"
+    old,new,real,calls = make(),make(),getattr(B, step),[]
+    with torch.no_grad(): new.model.item_bias.add_(1)
+    old.save_bundle(tmp_path)
+    def _inner(f):
+        calls.append(f)
+        if len(calls)==1:
+            monkeypatch.setattr(B, step, real)
+            new.save_bundle(tmp_path)
+            monkeypatch.setattr(B, step, _inner)
+        return real(f)
+    monkeypatch.setattr(B, step, _inner)
+    again = load_bundle(tmp_path, device='cpu')
+    assert torch.equal(again.model.item_bias, new.model.item_bias) and len(calls)>1
+
+def test_a_bundle_that_lacks_a_file_is_read_once(tmp_path, monkeypatch):
+    calls,real = [],B._manifest
+    next(make().save_bundle(tmp_path).glob('ids-*')).unlink()
+    monkeypatch.setattr(B, '_manifest', lambda p: calls.append(p) or real(p))
+    with pytest.raises(BundleError, match='is missing'): load_bundle(tmp_path)
+    assert len(calls)==1
 
 def test_spoiled_bundles(tmp_path):
     learn = make()

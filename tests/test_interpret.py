@@ -1,5 +1,6 @@
 "Maps and interpretation: oracles, hostile titles, users and columns of any learner, nothing left changed"
-import json,re
+import json,re,sys
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
 import numpy as np,pandas as pd,pytest,torch
@@ -10,6 +11,7 @@ from cfext.core import UnknownIdError
 from cfext.bundle import load_bundle
 from cfext.closed import EASE,IALS,ItemKNN
 from cfext.data import CFDataLoaders
+from cfext.graph import BuiltFactors,LightGCN
 from cfext.embed import emb_report,plot_spectrum,shrink_curve
 from cfext.interpret import *
 import cfext.interpret as interpret,cfext.maps as maps
@@ -17,6 +19,7 @@ from cfext.learner import cf_learner
 from cfext.maps import *
 from cfext.models import CollabNN,DotProduct,DotProductBias
 from cfext.newcomers import RowPrior
+from cfext.sides import SideProduct
 from cfext.sources import synth_ratings,read_ratings
 
 ratings,truth = synth_ratings(70, 50, 1600, with_truth=True)
@@ -242,6 +245,38 @@ def test_explain_is_exact_for_a_ridge_solution(dls, through):
     ex = explain(l, *ids, None, through=through, reg=3.)
     assert np.allclose(ex.loo, [loo[o] for o in ex[col]], atol=1e-4)
     assert (ex.share.abs().diff().dropna()<=1e-12).all() and len(ex)==len(rows)
+
+@pytest.mark.parametrize('model,config', [(LightGCN,{}),(LightGCN,dict(unit=True)),(SideProduct,dict(items=ratings.drop_duplicates('title')[['title','genre']]))])
+@pytest.mark.parametrize('through', ['items','users'])
+def test_explain_by_factors_that_are_built(dls, model, config, through):
+    l = fit(cf_learner(dls, model, n_factors=5, y_range=(.5,5.5), seed=1, config=config))
+    ids = cat_view(l, 'user').ids[5],cat_view(l).ids[7]
+    ex,plain = explain(l, *ids, None, through=through),explain(cf_learner(dls, BuiltFactors.without_rows(l.model)), *ids, None, through=through)
+    pd.testing.assert_frame_equal(ex, plain)
+    assert np.isclose(ex.attrs['pred'], l.predict(ids)[2].item(), atol=1e-5) and ex.share.abs().max()>0
+
+def test_explain_leaves_the_parameters_of_a_shared_model_in_place(dls, learn):
+    "Other threads may ask the same model while an explanation is worked out"
+    u,v = cat_view(learn, 'user').ids,cat_view(learn).ids
+    during = []
+    class Spy(DotProductBias):
+        def forward(self, x):
+            during.append(shared.user_factors)
+            return super().forward(x)
+    shared = Spy.restore(learn.model.config, learn.model.state_dict())
+    own = shared.user_factors
+    explain(cf_learner(dls, shared), u[5], v[2])
+    assert len(during)>1 and all(o is own for o in during)
+
+def test_explain_from_threads(learn):
+    u,v = cat_view(learn, 'user').ids[:12],cat_view(learn).ids
+    ask = lambda o: (explain(learn, o, v[2]).share.tolist(), learn.recommend([o], k=3).score.tolist())
+    want,old = [ask(o) for o in u],sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as ex: got = list(ex.map(ask, [*u]*3))
+    finally: sys.setswitchinterval(old)
+    assert got==want*3 and [ask(o) for o in u]==want
 
 @pytest.mark.parametrize('model', ['dot','nn',DotProduct])
 def test_explain_works_for_any_model_with_factors(dls, model):

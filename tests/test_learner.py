@@ -1,12 +1,13 @@
 "The learner: what fails in fastai's works, the lesson's code runs, planted factors are found"
-import warnings
+import sys,warnings
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import numpy as np,pandas as pd,pytest,torch
 from scipy.linalg import orthogonal_procrustes
 from torch import nn
 from fastai.collab import CollabDataLoaders,EmbeddingDotBias,collab_learner
-from fastai.tabular.all import (Callback,CSVLogger,DataLoaders,EarlyStoppingCallback,Embedding,GradientClip,Learner,MSELossFlat,Module,SaveModelCallback,
+from fastai.tabular.all import (Callback,CSVLogger,DataLoaders,EarlyStoppingCallback,Embedding,GradientClip,Learner,MSELossFlat,Module,ProgressCallback,SaveModelCallback,
     get_emb_sz,load_learner,mae,rmse,sigmoid_range)
 from cfext import *
 
@@ -221,6 +222,22 @@ def test_unknown_users_meet_the_policy(df):
     assert not torch.equal(na, mean)
     same = learn.predict((df.user[0],t), unk='mean')[2]
     assert torch.allclose(same, learn.predict((df.user[0],t))[2], atol=1e-6), 'known ids are not touched by the policy'
+
+@pytest.mark.parametrize('model', ['dot',LightGCN])
+def test_policies_for_unknown_users_from_threads(df, model):
+    "Some ask for the mean while others ask for the trained row"
+    learn = fitted(loaders(df), n=2, unk_p=.1, model=model)
+    learn.remove_cbs(ProgressCallback)
+    t = learn.dls.classes['title'][1]
+    ask = lambda unk: (learn.recommend([999], k=3, unk=unk).score.tolist(), learn.predict((999,t), unk=unk)[2].tolist())
+    policies,old = ('na','mean'),sys.getswitchinterval()
+    want,cbs = [ask(o) for o in policies],list(learn.cbs)
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as ex: got = list(ex.map(ask, policies*40))
+    finally: sys.setswitchinterval(old)
+    assert want[0]!=want[1] and got==want*40 and [ask(o) for o in policies]==want
+    assert {id(o) for o in learn.cbs}=={id(o) for o in cbs} and all(cb.learn is learn for cb in cbs)
 
 def test_planted_factors_are_found():
     "Item factors recover the planted ones up to a linear map's rotation (Procrustes), biases follow the planted biases"

@@ -148,12 +148,19 @@ def test_fastais_models_are_scored_the_same_way():
     assert score_by_forward(m, torch.tensor([2,5,1]), n_items).shape==(3,n_items)
     assert [len(o) for o in emb_tables(m).values()]==[1,1]
 
-def test_mean_unknown_restores_after_an_error(make):
+def test_mean_unknown_is_a_model_beside_the_other(make):
     m = loud(make()).eval()
-    before = m(x)
-    with pytest.raises(ZeroDivisionError):
-        with mean_unknown(m): 1/0
-    close(m(x), before)
+    with torch.no_grad():
+        before = m(x)
+        average = mean_unknown(m)
+        both = [emb_tables(o) for o in (m,average)]
+        for r in ('user','item'):
+            for a,b in zip(*(o[r] for o in both)): close(b.detach(), torch.cat([a[1:].mean(0, keepdim=True),a[1:]]).detach())
+        close(m(x), before)
+        assert not torch.equal(average(x), before) and torch.equal(average(x)[[0,2]], before[[0,2]])
+    shared = {id(o) for o in (*m.parameters(),*m.buffers())}
+    tables = [id(t) for t in (*both[1]['user'],*both[1]['item'])]
+    assert all(id(o) in shared or id(o) in tables for o in (*average.parameters(),*average.buffers()))
 
 @pytest.mark.parametrize('fast', [True,False])
 def test_kept_factors_follow_training(fast):
