@@ -457,6 +457,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.factors.SoftmaxGrad.__call__': ('factors.html#softmaxgrad.__call__', 'cfext/factors.py'),
                                'cfext.factors.SoftmaxGrad.__init__': ('factors.html#softmaxgrad.__init__', 'cfext/factors.py'),
                                'cfext.factors.SoftmaxGrad.table': ('factors.html#softmaxgrad.table', 'cfext/factors.py'),
+                               'cfext.factors._by_rows': ('factors.html#_by_rows', 'cfext/factors.py'),
                                'cfext.factors._hooked': ('factors.html#_hooked', 'cfext/factors.py'),
                                'cfext.factors._lent': ('factors.html#_lent', 'cfext/factors.py'),
                                'cfext.factors._negatives': ('factors.html#_negatives', 'cfext/factors.py'),

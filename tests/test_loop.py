@@ -545,3 +545,16 @@ def test_whoever_hears_everything_or_changes_the_learner_gets_fastais_loop(capsy
     learn.opt.step = lambda: (stepped.append(1), step())
     with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
     assert len(stepped)==len(learn.dls.train)
+
+def test_a_subclass_with_events_of_its_own_is_asked():
+    class Counted(IdDropout):
+        n = 0
+        def after_pred(self): self.n += 1
+    learn = make('lean', cbs=lambda: Counted(0.1, 1))
+    learn.__class__ = CFLearner
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+    assert learn.counted.n==len(learn.dls.train)+len(learn.dls.valid)
+    learn.dl = learn.dls.train
+    assert 'counted' in factor_hurdle(learn)
+    learn.remove_cb(Counted).add_cb(IdDropout(0.1, 1))
+    assert factor_hurdle(learn) is None
