@@ -124,8 +124,8 @@ class CFLearner(Learner):
         super()._end_cleanup()
     def _around(self, model):
         "The same learner around another model, with callbacks of its own"
-        res = copy(self)
-        res.model,res.cbs = model,L()
+        res = object.__new__(type(self))
+        res.__dict__.update(self.__dict__, model=model, cbs=L()) # in one step, since threads may be at work on this one
         return res.add_cbs([copy(cb) for cb in self.cbs])
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         if getattr(dl, 'unk', None)=='mean': self = self._around(mean_unknown(self.model))
@@ -147,7 +147,7 @@ def predict(self:CFLearner,
     "Predict the ratings of one row or many"
     dl = self.dls.test_dl(item, unk=unk)
     x = dl.dataset.x.long()
-    preds = self.get_preds(dl=dl)[0].reshape(len(x), -1) if len(x) else torch.zeros(0, 1)
+    preds = self._around(self.model).get_preds(dl=dl)[0].reshape(len(x), -1) if len(x) else torch.zeros(0, 1)
     df = dl.dataset.frame((x,), pred=preds)
     dec = getcallable(self.loss_func, 'decodes')(preds)
     return (df,dec,preds,x) if with_input else (df,dec,preds)
