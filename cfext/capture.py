@@ -170,11 +170,11 @@ def _recording(graph, params=(), gens=(), **kwargs):
 @patch
 def signature(self:StepGraph):
     "What must not have changed for a recording to be replayed"
-    learn,opt = self.learn,self.learn.opt
-    state = [t.data_ptr() for ps in opt.param_lists for p in ps for t in (p, *opt.state[p].values()) if isinstance(t, Tensor)]
-    groups = [(g, do_wd, len(ps)) for g,_,do_wd,ps in TensorStep(opt).groups] # as they are now, not as they were
-    own = [b.data_ptr() for b in learn.model.buffers()]+[self.ds.x.data_ptr(), len(self.ds), learn.dl.bs, len(learn.dl)]
-    return id(learn.model),id(learn.loss_func),id(opt),learn.model.training,state,groups,own,[id(f.__self__) for fs in _asks(learn).values() for f in fs]
+    learn,opt,model,dl,ds = self.learn,self.learn.opt,self.learn.model,self.learn.dl,self.learn.dl.dataset
+    groups = [(g, do_wd, *map(id, ps)) for g,_,do_wd,ps in TensorStep(opt).groups] # as they are now, not as they were
+    ts = *model.parameters(),*model.buffers(),ds.x,ds.y,ds.w,*(t for ps in opt.param_lists for p in ps for t in opt.state[p].values())
+    at = [(id(t), t.data_ptr()) for t in ts if isinstance(t, Tensor)]
+    return id(model),id(learn.loss_func),id(opt),model.training,groups,at,len(ds),dl.bs,len(dl),[id(f.__self__) for fs in _asks(learn).values() for f in fs]
 
 @patch
 def record(self:StepGraph):
