@@ -119,9 +119,10 @@ class StepGraph:
     "A training step that finds its rows and its numbers on the device"
     def __init__(self,
         learn, # a `Learner` inside `fit`, whose training loader is a `ResidentDL`
+        apply=_apply, # the function that steps a group of parameters
     ):
         dl,dev = learn.dl,learn.dl.dataset.x.device
-        self.learn,self.ds,self.bs,self.graph = learn,dl.dataset,dl.bs,None
+        self.learn,self.ds,self.bs,self.graph,self.apply = learn,dl.dataset,dl.bs,None,apply
         self.stepper,self.asks = TensorStep(learn.opt),_asks(learn)
         self.order = torch.zeros(len(self.ds), dtype=torch.long, device=dev)
         self.span,self.i = torch.arange(self.bs, device=dev),torch.zeros(1, dtype=torch.long, device=dev)
@@ -149,7 +150,7 @@ class StepGraph:
         learn.loss_grad.backward()
         self.losses.index_copy_(0, self.i, learn.loss.detach().as_subclass(Tensor).view(1).float())
         for f in asks['before_step']: f()
-        self.stepper.step(self.nums[self.i][0])
+        self.stepper.step(self.nums[self.i][0], self.apply)
         for f in asks['after_step']: f()
         for p in learn.model.parameters(): p.grad = None
         self.i += 1
@@ -170,11 +171,11 @@ def _recording(graph, params=(), gens=(), **kwargs):
 @patch
 def signature(self:StepGraph):
     "What must not have changed for a recording to be replayed"
-    learn,opt = self.learn,self.learn.opt
-    state = [t.data_ptr() for ps in opt.param_lists for p in ps for t in (p, *opt.state[p].values()) if isinstance(t, Tensor)]
-    groups = [(g, do_wd, len(ps)) for g,_,do_wd,ps in TensorStep(opt).groups] # as they are now, not as they were
-    own = [b.data_ptr() for b in learn.model.buffers()]+[self.ds.x.data_ptr(), len(self.ds), learn.dl.bs, len(learn.dl)]
-    return id(learn.model),id(learn.loss_func),id(opt),learn.model.training,state,groups,own,[id(f.__self__) for fs in _asks(learn).values() for f in fs]
+    learn,opt,model,dl,ds = self.learn,self.learn.opt,self.learn.model,self.learn.dl,self.learn.dl.dataset
+    groups = [(g, do_wd, *map(id, ps)) for g,_,do_wd,ps in TensorStep(opt).groups] # as they are now, not as they were
+    ts = *model.parameters(),*model.buffers(),ds.x,ds.y,ds.w,*(t for ps in opt.param_lists for p in ps for t in opt.state[p].values())
+    at = [(id(t), t.data_ptr()) for t in ts if isinstance(t, Tensor)]
+    return id(model),id(learn.loss_func),id(opt),model.training,groups,at,len(ds),dl.bs,len(dl),[id(f.__self__) for fs in _asks(learn).values() for f in fs]
 
 @patch
 def record(self:StepGraph):
@@ -199,11 +200,11 @@ def capture_hurdle(
     if host := decides_on_host(learn): return f"these callbacks decide in Python: {', '.join(host)}"
     if any(isinstance(cb, MixedPrecision) and cb.amp_mode.value=='fp16' for cb in learn.cbs): return "float16 looks for overflow on the host; use to_bf16()"
 
-def _captured(learn):
+def _captured(learn, apply):
     "The recording of an earlier epoch if it is still good, else a new step"
     old = learn.__dict__.get('_step_graph')
     if old is not None and old.learn is learn and old.graph is not None and old.sign==old.signature(): return old
-    learn._step_graph = StepGraph(learn)
+    learn._step_graph = StepGraph(learn, apply)
     return learn._step_graph
 
 # %% ../nbs/05a_capture.ipynb #b9bbe46c
@@ -225,6 +226,7 @@ def captured_epoch(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
     record:bool=True, # record the step, or run it each time?
     n_warm:int=3, # steps that are run before the recording
+    apply=_apply, # the function that steps a group of parameters
 ):
     "Train on the batches of `learn.dl` by replaying one captured step"
     learn.loss_grad = learn.loss = learn.pred = None # what holds an earlier step's graph ties its gradients to the stream of that step
@@ -232,7 +234,7 @@ def captured_epoch(
         if isinstance(cb, Negatives): vars(cb).pop('pos', None)
     cuts = learn.dl.bounds()
     n = learn.n_iter = len(cuts)-1
-    plan,sg = lay_out(learn, n),_captured(learn)
+    plan,sg = lay_out(learn, n),_captured(learn, apply)
     sg.load(plan)
     books = _Books(learn, n, learn.dls.device)
     books.losses,n_whole = sg.losses,sum(b-a==sg.bs for a,b in zip(cuts, cuts[1:]))

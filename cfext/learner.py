@@ -112,12 +112,13 @@ class CFLearner(Learner):
     def _fast_epoch(self):
         step_by_step = lean_epoch if factor_hurdle(self) else factor_epoch
         if torch.device(self.dls.device).type!='cuda' or self.no_capture: return step_by_step(self)
-        from cfext.kernels import kernel_hurdle,kernel_epoch,kernel_ready
+        from cfext.kernels import apply_adam,kernel_hurdle,kernel_epoch,kernel_ready
         if kernel_hurdle(self) is None: return kernel_epoch(self)
         if why := capture_hurdle(self):
             self._tell(f"the steps are not captured: {why}")
             return step_by_step(self)
-        if step_by_step is factor_epoch and (why := kernel_ready(str(self.dls.device))): self._tell(f"the step is recorded from PyTorch's functions: {why}")
+        if (why := kernel_ready(str(self.dls.device))) is None: return captured_epoch(self, apply=apply_adam)
+        if step_by_step is factor_epoch: self._tell(f"the step is recorded from PyTorch's functions: {why}")
         captured_epoch(self)
     def _end_cleanup(self):
         self.__dict__.pop('_step_graph', None)

@@ -1,4 +1,5 @@
 "The lean and the captured loop against fastai's: every loss, every learning rate, every parameter"
+import gc
 from functools import partial
 from itertools import product
 
@@ -460,6 +461,58 @@ def test_a_step_of_ones_own_is_run(capsys):
     before = learn.model.item_bias.clone()
     with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.05)
     assert torch.equal(before, learn.model.item_bias) and 'Own (_step)' in capsys.readouterr().out
+
+def test_a_recording_is_good_for_what_it_was_made_of():
+    "Its signature knows parameters and rows by identity, those that the optimizer has and those that it has not"
+    learn,seen = make('steps'),[]
+    class Look(Callback):
+        order = 99 # the optimizer is there
+        def before_train(self):
+            sg,model,state,ds = StepGraph(learn),learn.model,learn.opt.state,learn.dls.train_ds
+            learn.dl = learn.dls.train
+            was = sg.signature()
+            def moves(what, change, back):
+                assert sg.signature()==was
+                change()
+                seen.append((what, sg.signature()!=was))
+                back()
+            old,y,dl = model.item_bias,ds.y,learn.dl
+            def freeze(a, b):
+                a.requires_grad_(False)
+                b.requires_grad_(True)
+            moves('parameter', lambda: setattr(model, 'item_bias', nn.Parameter(old.detach().clone())), lambda: setattr(model, 'item_bias', old))
+            moves('targets', lambda: setattr(ds, 'y', y.clone()), lambda: setattr(ds, 'y', y))
+            moves('dataset', lambda: setattr(dl, 'dataset', ds.subset(torch.arange(len(ds)))), lambda: setattr(dl, 'dataset', ds))
+            moves('decay', lambda: state[old].update(do_wd=False), lambda: state[old].update(do_wd=True))
+            moves('steps', lambda: state[old].update(step=3), lambda: state[old].update(step=0))
+            moves('frozen', lambda: old.requires_grad_(False), lambda: old.requires_grad_(True))
+            old.requires_grad_(False)
+            was = sg.signature()
+            moves('another frozen', lambda: freeze(model.user_bias, old), lambda: freeze(old, model.user_bias))
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01, cbs=Look())
+    assert len(seen)==7 and all(o for _,o in seen), seen
+
+@pytest.mark.parametrize('way', ['stopped','lr_find'])
+def test_nothing_of_fastai_s_loop_lives_on_in_a_recording(way):
+    "What holds the graph of an earlier step holds its accumulators too, which belong to the stream of that step: none may be recorded"
+    def graphs(): return {id(o) for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.grad_fn is not None}
+    gc.collect()
+    there,found = graphs(),[]
+    class Look(Callback):
+        order,on_device = -99,True
+        def before_batch(self):
+            if self.training: found.append(len(graphs()-there))
+    class Stop(Callback):
+        def after_step(self): raise CancelFitException
+    learn = make('steps', loss_func=BPRLoss(), y_range=None, cbs=lambda: Negatives(seed=4))
+    with learn.no_bar(),learn.no_logging():
+        learn.fast = False
+        learn.fit(1, 0.01, cbs=Stop()) if way=='stopped' else learn.lr_find(show_plot=False, num_it=5)
+        gc.collect()
+        assert graphs()-there
+        learn.fast = None
+        learn.fit(1, 0.01, cbs=Look())
+    assert len(found)==len(learn.dls.train) and found[0]==0 and found[1]>0, found[:3]
 
 def test_a_recording_that_fails_is_put_back(monkeypatch):
     from contextlib import contextmanager
