@@ -93,6 +93,30 @@ def test_the_index_follows_the_scores(learn, kind):
     seen = learn.dls.train_ds.x[learn.dls.train_ds.x[:,0]==5,1]
     assert not np.isin(recs[0], seen).any()
 
+@pytest.mark.parametrize('kind', ['cosines','graph','graph of cosines','sides','towers','ials'])
+def test_the_index_takes_cosines_and_built_factors(learn, kind):
+    pytest.importorskip('usearch')
+    dls,its = learn.dls,pd.DataFrame(dict(title=learn.dls.classes['title'].ids, n=range(90)))
+    make = {'cosines':lambda: CosineProduct(dls.n_users, dls.n_items, 5), 'ials':lambda: IALS(dls, 5, n_iter=2), 'graph':lambda: LightGCN.from_dls(dls, n_factors=5, init_sd=1.),
+            'graph of cosines':lambda: LightGCN.from_dls(dls, n_factors=5, unit=True), 'sides':lambda: SideProduct.from_dls(dls, items=its, n_factors=5),
+            'towers':lambda: SideProduct.from_dls(dls, items=its, n_factors=5, layers=(6,))}
+    torch.manual_seed(0)
+    model = make[kind]()
+    if kind not in ('ials','graph'):
+        with torch.no_grad():
+            for p in model.parameters(): p.normal_()
+    l = cf_learner(dls, model, unk_p=0)
+    l.model.train()
+    index = ItemIndex(l, expansion_search=200)
+    assert index.recall(k=10)>0.97 and l.model.training
+    got,want = (o.recommend([5,9,1], k=6) for o in (index,l))
+    both = got.merge(want, on=['user','title'])
+    assert len(both)>=16 and np.allclose(both.score_x, both.score_y, atol=1e-4)
+
+def test_no_item_is_lost_by_several_threads(learn):
+    pytest.importorskip('usearch')
+    assert all(ItemIndex(learn, threads=16, expansion_search=200).recall(k=10)==1 for _ in range(40))
+
 def test_a_user_who_has_seen_nearly_everything(learn):
     pytest.importorskip('usearch')
     titles = learn.dls.classes['title'].ids
