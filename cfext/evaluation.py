@@ -334,15 +334,15 @@ def compare(self:CFLearner,
 # %% ../nbs/10c_evaluation.ipynb #0dfee3b7
 class _Lists:
     "The hits of the validation users' lists, made once for all measures of an epoch"
-    def __init__(self, k, n_users, seed): self.k,self.n_users,self.seed = k,n_users,seed
+    def __init__(self, k, n_users, seed, seen='train'): self.k,self.n_users,self.seed,self.seen = k,n_users,seed,seen
     def reset(self): self.xs,self.hits = [],None
     def add(self, learn, x):
         self.learn = learn
         self.xs.append(x)
     def get(self):
         if self.hits is None:
-            held = HeldOut(self.learn.dls, torch.cat(self.xs), n_users=self.n_users, seed=self.seed)
-            try: recs = top_items(self.learn, held.users, self.k, seen='train')[0]
+            held = HeldOut(self.learn.dls, torch.cat(self.xs), self.seen, self.n_users, self.seed)
+            try: recs = top_items(self.learn, held.users, self.k, seen=self.seen)[0]
             except NaNScores: self.hits = (None,None)
             else: self.hits = hit_matrix(F.pad(recs, (0,self.k-recs.shape[1]), value=-1), held.targets)
         return self.hits
@@ -374,7 +374,8 @@ def list_metrics(
     k:int=10, # places in each list
     n_users:int|None=None, # users to judge by; None: all of the validation rows
     seed:int=0, # which users, if not all
+    exclude_seen:bool=True, # leave out of the lists what the user has in the training rows?
 )->list: # `ListMetric`s, for a learner's `metrics`
     "Make metrics of lists for `fit`, which share the lists"
-    lists = _Lists(check_pos(k, 'k'), n_users, seed)
+    lists = _Lists(check_pos(k, 'k'), n_users, seed, 'train' if exclude_seen else None)
     return [ListMetric(m, k, lists) for m in measures or ('recall','NDCG')]

@@ -191,6 +191,14 @@ def test_metrics_of_a_part_of_the_users_and_of_nan(learn):
     with torch.no_grad(): l.model.item_bias[2] = float('nan')
     assert math.isnan(l.validate()[1])
 
+def test_metrics_may_rank_what_was_seen(learn):
+    vals = []
+    for seen in (True,False):
+        l = cf_learner(learn.dls, n_factors=3, seed=0, metrics=list_metrics('MAP','recall', k=12, exclude_seen=seen))
+        vals.append(l.validate()[1:])
+        assert list(vals[-1])==pytest.approx(l.evaluate(k=12, measures=('MAP','recall'), exclude_seen=seen)[['MAP@12','recall@12']].iloc[0].tolist(), rel=1e-5)
+    assert vals[0]!=vals[1]
+
 def test_popularity_on_the_ncf_split_scores_what_was_published(data_dir):
     base = data_dir('ncf-ml-1m')
     cols = dict(sep='\t', header=None, usecols=[0,1], names=['user','item'])
