@@ -22,7 +22,7 @@ from .losses import *
 from .learner import *
 from .metrics import *
 from .recommend import *
-from .recommend import _as_index
+from .recommend import _as_index,_lasting
 
 # %% ../nbs/10c_evaluation.ipynb #e218cd80
 class HeldOut:
@@ -215,8 +215,10 @@ def _protocol(learn, held, seen, candidates, n_sampled, seed):
         n = check_pos(n_sampled, 'n_sampled')
         return dict(only=draw_candidates(dls, held, n, seen, seed)),f'ranked among {n} items drawn for each',f' ({n} sampled)'
     if candidates is None: return {},f'all {dls.n_items-1:,} items ranked{rest}',''
+    candidates = _lasting(candidates)
     if not isinstance(candidates, (dict,pd.DataFrame)):
-        codes = known_codes(dls, pd.Index(candidates))
+        codes = known_codes(dls, _as_index(candidates)).unique()
+        if not len(codes): raise ValueError("`candidates` is empty: there is nothing to rank; leave it out to rank all items")
         return dict(candidates=codes),f'{len(codes):,} items ranked{rest}',f' (of {len(codes):,})'
     given = lambda: id_pairs(dls, pd.Index(dls.classes[dls.user_name].decode(held.users)), candidates, 'na')
     own = lambda: held.targets[held.targets[:,1]<dls.n_items].unbind(1)

@@ -241,6 +241,18 @@ def test_users_without_a_candidate_are_left_out_and_counted(learn):
     pd.testing.assert_frame_equal(rep, learn.evaluate(k=5, candidates=frame))
     assert learn.evaluate(candidates={}).counts.users_judged==0
 
+def test_candidates_as_recommend_takes_them(learn):
+    titles,us = (learn.dls.classes[n].ids for n in ('title','user'))
+    some,own = titles[:15].tolist(),{u: titles[j%5:j%5+20].tolist() for j,u in enumerate(us)}
+    want = learn.evaluate(k=5, candidates=some)
+    assert 'recall@5 (of 15)' in want
+    for given in (iter(some), set(some), some+some[:4]): pd.testing.assert_frame_equal(pd.DataFrame(learn.evaluate(k=5, candidates=given)), pd.DataFrame(want))
+    once = learn.evaluate(k=5, candidates={u: iter(v) for u,v in own.items()})
+    pd.testing.assert_frame_equal(pd.DataFrame(once), pd.DataFrame(learn.evaluate(k=5, candidates=own)))
+    assert 'recall@5 (of 1)' in learn.evaluate(k=5, candidates=some[0])
+    with pytest.raises(ValueError, match='`candidates` is empty: there is nothing to rank'): learn.evaluate(candidates=[])
+    with pytest.raises(TypeError, match='got a function'): learn.evaluate(candidates=lambda us: us)
+
 def test_baselines_do_not_take_the_models_place(learn):
     for n in ('popularity',type(learn.model).__name__):
         with pytest.raises(ValueError, match='a row of that name already'): learn.evaluate(baselines={n:EASE(learn.dls)})

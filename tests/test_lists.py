@@ -48,7 +48,7 @@ def test_what_is_read_once_is_kept_for_all_chunks(learn, tmp_path):
             pd.testing.assert_frame_equal(file(**once), learn.recommend(k=4, **kw), check_dtype=False, rtol=1e-5)
     for some in ({5,9}, iter([5,9]), {5:0,9:0}.keys(), 5): assert set(file(some).user)<={5,9}
     with pytest.raises(TypeError, match='got a DataFrame: pass its column'): file(pd.DataFrame(dict(user=[5])))
-    with pytest.raises(TypeError, match='got a function: only `candidates` may be a rule'): file(exclude=lambda us: us)
+    with pytest.raises(TypeError, match='got a function: only the `candidates` of `recommend` may be a rule'): file(exclude=lambda us: us)
 
 def test_a_first_chunk_without_lists(tmp_path):
     pytest.importorskip('pyarrow')
