@@ -157,13 +157,13 @@ def _csr(starts, cols, vals, n):
         warnings.simplefilter('ignore', UserWarning)
         return torch.sparse_csr_tensor(starts, cols, vals, (len(starts)-1, n))
 
-def _draw_rows(starts, cols, resid, V, prior, L, tau, g):
-    "Draw each row (n,d) given what it met: rows `starts[j]:starts[j+1]` of `cols` and `resid` are row j's"
-    n,D = prior.shape
-    A,P = _csr(starts, cols, torch.ones_like(resid), len(V)),V.new_empty(n, D, D)
+def _draw_rows(starts, cols, resid, V, prior, L, tau, g, w=None):
+    "Draw each row (n,d) given what it met: rows `starts[j]:starts[j+1]` of `cols`, `resid` and the weights `w` are row j's"
+    (n,D),w = prior.shape,torch.ones_like(resid) if w is None else w
+    A,P = _csr(starts, cols, w, len(V)),V.new_empty(n, D, D)
     per = max(1, (1<<22)//V.numel())
     for d in range(0, D, per): P[:,d:d+per] = (A@(V[:,d:d+per,None]*V[:,None]).flatten(1)).view(n, -1, D)
-    b = prior@L + tau*(_csr(starts, cols, resid, len(V))@V)
+    b = prior@L + tau*(_csr(starts, cols, w*resid, len(V))@V)
     C = torch.linalg.cholesky(P*tau+L)
     y = torch.linalg.solve_triangular(C, b[...,None], upper=False) + _randn((n,D,1), g)
     return torch.linalg.solve_triangular(C.mT, y, upper=True)[...,0]
@@ -257,7 +257,8 @@ class GibbsMF(_Keeps):
         x,self.y = ds.x.long(),ds.y[:,0]
         self.sides = [_side(x, j, n) for j,n in enumerate((m.n_users, m.n_items))]
         self.priors = [_Prior(f, m.item_factors.shape[1]+1, self.lam, self.g) for f in self.feats]
-        with torch.no_grad(): m.offset.copy_(self.y.mean())
+        self.w = torch.ones_like(self.y) if ds.w is None else ds.w/ds.w.mean()
+        with torch.no_grad(): m.offset.copy_((self.w*self.y).mean())
         self.x = x
 
     def _features(self, f, n, name):
@@ -267,7 +268,7 @@ class GibbsMF(_Keeps):
 
 # %% ../nbs/07b_averaging.ipynb #0194656c
 @patch
-def sweep(self:GibbsMF)->float: # root of the mean squared residual on the training rows
+def sweep(self:GibbsMF)->float: # root of the (weighted) mean squared residual on the training rows
     "Draw users, items and the noise, each given the others"
     m = self.learn.model
     U,bu,V,bi = m.user_factors,m.user_bias,m.item_factors,m.item_bias
@@ -275,11 +276,11 @@ def sweep(self:GibbsMF)->float: # root of the mean squared residual on the train
         for (starts,order,cols),prior,(A,ba),(B,bb) in zip(self.sides, self.priors, ((U,bu),(V,bi)), ((V,bi),(U,bu))):
             mean,L = prior.draw(torch.cat([A, ba], 1))
             resid = self.y[order]-m.offset-bb[cols,0]
-            Z = _draw_rows(starts, cols, resid, torch.cat([B, torch.ones_like(bb)], 1), mean, L, self.tau, self.g)
+            Z = _draw_rows(starts, cols, resid, torch.cat([B, torch.ones_like(bb)], 1), mean, L, self.tau, self.g, self.w[order])
             Z[0] = mean[0]
             A.copy_(Z[:,:-1])
             ba.copy_(Z[:,-1:])
-        err = (self.y - m(self.x)[:,0]).square().sum()
+        err = (self.w*(self.y - m(self.x)[:,0]).square()).sum()
         shape = torch.full((1,), len(self.y)/2+1., device=self.g.device)
         self.tau = float(torch._standard_gamma(shape, generator=self.g)/(err/2+1.))
     return float((err/len(self.y)).sqrt())

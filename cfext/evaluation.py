@@ -22,7 +22,7 @@ from .losses import *
 from .learner import *
 from .metrics import *
 from .recommend import *
-from .recommend import _as_index
+from .recommend import _as_index,_lasting
 
 # %% ../nbs/10c_evaluation.ipynb #e218cd80
 class HeldOut:
@@ -215,8 +215,10 @@ def _protocol(learn, held, seen, candidates, n_sampled, seed):
         n = check_pos(n_sampled, 'n_sampled')
         return dict(only=draw_candidates(dls, held, n, seen, seed)),f'ranked among {n} items drawn for each',f' ({n} sampled)'
     if candidates is None: return {},f'all {dls.n_items-1:,} items ranked{rest}',''
+    candidates = _lasting(candidates)
     if not isinstance(candidates, (dict,pd.DataFrame)):
-        codes = known_codes(dls, pd.Index(candidates))
+        codes = known_codes(dls, _as_index(candidates)).unique()
+        if not len(codes): raise ValueError("`candidates` is empty: there is nothing to rank; leave it out to rank all items")
         return dict(candidates=codes),f'{len(codes):,} items ranked{rest}',f' (of {len(codes):,})'
     given = lambda: id_pairs(dls, pd.Index(dls.classes[dls.user_name].decode(held.users)), candidates, 'na')
     own = lambda: held.targets[held.targets[:,1]<dls.n_items].unbind(1)
@@ -334,15 +336,15 @@ def compare(self:CFLearner,
 # %% ../nbs/10c_evaluation.ipynb #0dfee3b7
 class _Lists:
     "The hits of the validation users' lists, made once for all measures of an epoch"
-    def __init__(self, k, n_users, seed): self.k,self.n_users,self.seed = k,n_users,seed
+    def __init__(self, k, n_users, seed, seen='train'): self.k,self.n_users,self.seed,self.seen = k,n_users,seed,seen
     def reset(self): self.xs,self.hits = [],None
     def add(self, learn, x):
         self.learn = learn
         self.xs.append(x)
     def get(self):
         if self.hits is None:
-            held = HeldOut(self.learn.dls, torch.cat(self.xs), n_users=self.n_users, seed=self.seed)
-            try: recs = top_items(self.learn, held.users, self.k, seen='train')[0]
+            held = HeldOut(self.learn.dls, torch.cat(self.xs), self.seen, self.n_users, self.seed)
+            try: recs = top_items(self.learn, held.users, self.k, seen=self.seen)[0]
             except NaNScores: self.hits = (None,None)
             else: self.hits = hit_matrix(F.pad(recs, (0,self.k-recs.shape[1]), value=-1), held.targets)
         return self.hits
@@ -374,7 +376,8 @@ def list_metrics(
     k:int=10, # places in each list
     n_users:int|None=None, # users to judge by; None: all of the validation rows
     seed:int=0, # which users, if not all
+    exclude_seen:bool=True, # leave out of the lists what the user has in the training rows?
 )->list: # `ListMetric`s, for a learner's `metrics`
     "Make metrics of lists for `fit`, which share the lists"
-    lists = _Lists(check_pos(k, 'k'), n_users, seed)
+    lists = _Lists(check_pos(k, 'k'), n_users, seed, 'train' if exclude_seen else None)
     return [ListMetric(m, k, lists) for m in measures or ('recall','NDCG')]

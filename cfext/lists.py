@@ -16,6 +16,7 @@ from .core import *
 from .data import *
 from .models import *
 from .negatives import *
+from .graph import *
 from .learner import *
 from .recommend import *
 from .recommend import _asked,_lasting
@@ -53,7 +54,7 @@ def recommend_to(self:CFLearner,
 class ItemIndex:
     "A graph over the items of a dot product that finds nearly the best for a user; needs the extra `ann`"
     def __init__(self,
-        learn:CFLearner, # a learner with a `DotProduct` or `DotProductBias`; later changes of its model are not followed
+        learn:CFLearner, # a learner with a dot product, cosines or built factors (`LightGCN`, `SideProduct`); later changes of its model are not followed
         *,
         connectivity:int=16, # edges of each item; more: better and slower
         expansion_add:int=128, # candidates looked at while building
@@ -61,17 +62,21 @@ class ItemIndex:
         threads:int=0, # of building and searching; 0: all
     ):
         Index,m = import_extra('usearch.index', 'ann').Index,learn.model
+        if isinstance(m, BuiltFactors): m = BuiltFactors.without_rows(m)
         kind = getattr(type(m), 'score_items', None)
-        if kind not in (DotProduct.score_items, DotProductBias.score_items):
+        if kind not in (DotProduct.score_items, DotProductBias.score_items, CosineProduct.score_items):
             raise TypeError(f"{type(m).__name__} scores by more than a dot product, which no index can follow: use `recommend`")
+        self.learn,self.threads,self.bias,self.users = learn,threads,kind is DotProductBias.score_items,m.user_factors.detach()
         V = m.item_factors.detach()[1:]
-        if kind is DotProductBias.score_items: V = torch.cat([V, m.item_bias.detach()[1:]], 1)
+        if kind is CosineProduct.score_items: V = F.normalize(V, dim=1)
+        if self.bias: V = torch.cat([V, m.item_bias.detach()[1:]], 1)
         sq = (V.double()**2).sum(1)
         V = torch.cat([V, (sq.max()-sq).clamp(min=0).sqrt()[:,None].to(V)], 1).cpu().float().numpy()
-        self.learn,self.threads,self.bias = learn,threads,kind is DotProductBias.score_items
         self.index = Index(ndim=V.shape[1], metric='cos', dtype='f32', connectivity=check_pos(connectivity, 'connectivity', 2),
                            expansion_add=check_pos(expansion_add, 'expansion_add'), expansion_search=check_pos(expansion_search, 'expansion_search'))
-        self.index.add(np.arange(1, len(V)+1, dtype=np.uint64), V, threads=threads)
+        keys,n = np.arange(1, len(V)+1, dtype=np.uint64),1024
+        self.index.add(keys[:n], V[:n], threads=1) # several threads would lose some of the first
+        if len(V)>n: self.index.add(keys[n:], V[n:], threads=threads)
     def __len__(self): return len(self.index)
     def __repr__(self): return f"ItemIndex of {len(self):,} items, connectivity {self.index.connectivity}, expansion_search {self.index.expansion_search}"
 
@@ -82,7 +87,7 @@ def search(self:ItemIndex,
 )->Tensor: # (n,k') long item codes, best first by the index; -1 in places it could not fill; k' at most `k`
     "Walk the graph for each user, whatever he has seen"
     k = min(check_pos(k, 'k'), len(self))
-    P = self.learn.model.user_factors.detach()[users]
+    P = self.users[users]
     P = F.pad(P, (0,1)) if not self.bias else F.pad(F.pad(P, (0,1), value=1.), (0,1))
     found = self.index.search(P.cpu().float().numpy(), k, threads=self.threads)
     keys = np.asarray(found.keys).astype(np.int64).reshape(len(users), -1)

@@ -11,7 +11,7 @@ import copy,warnings
 import numpy as np,pandas as pd
 import torch
 from torch import nn,Tensor
-from pandas.api.types import is_float_dtype,is_integer_dtype,is_numeric_dtype
+from pandas.api.types import infer_dtype,is_float_dtype,is_integer_dtype,is_numeric_dtype
 from fastcore.all import *
 from .core import *
 from .data import *
@@ -141,15 +141,18 @@ def _with_rows(dls, new, low):
 
 def _more_ids(m, ids):
     "An `IdMap` with the ids of a column that it lacks put behind its own"
-    fresh = pd.Index(pd.unique(ids))
+    fresh = pd.Index(np.asarray(pd.unique(ids))).infer_objects()
     if fresh.isna().any(): raise ValueError(f"{ids.name!r} holds {int(ids.isna().sum())} missing ids: drop them first")
     fresh = fresh[m.encode(fresh)==0]
-    if is_integer_dtype(m.ids) and is_float_dtype(fresh): # the known ids would become floats too
-        if (odd := fresh[fresh!=fresh.astype(np.int64)]).size: raise TypeError(f"new ids such as {plain(odd[0])!r} among known ones that are whole numbers, such as {plain(m.ids[0])!r}")
-        fresh = fresh.astype(m.ids.dtype)
-    elif len(fresh) and is_numeric_dtype(m.ids)!=is_numeric_dtype(fresh):
+    number = lambda o: is_numeric_dtype(o) or infer_dtype(o)=='integer'
+    if is_integer_dtype(m.ids) and is_float_dtype(fresh): # the known ids would become floats too, and from 2**53 on these have lost digits
+        if (odd := fresh[(fresh%1!=0)|(abs(fresh)>=2**53)]).size: raise TypeError(f"new ids such as {plain(odd[0])!r} among known ones that are whole numbers, such as {plain(m.ids[0])!r}")
+        fresh = fresh.astype(np.int64)
+    elif len(fresh) and number(m.ids)!=number(fresh):
         raise TypeError(f"new ids such as {plain(fresh[0])!r} ({type(plain(fresh[0])).__name__}) among known ones such as {plain(m.ids[0])!r} ({type(plain(m.ids[0])).__name__}): give them the same type")
-    return IdMap(m.ids.append(fresh) if len(fresh) else m.ids)
+    if not len(fresh): return IdMap(m.ids)
+    mixed = fresh.dtype!=m.ids.dtype # int64 and uint64 would become floats
+    return IdMap(m.ids.append(fresh.astype(object)).infer_objects() if mixed else m.ids.append(fresh))
 
 # %% ../nbs/10b_newcomers.ipynb #11428541
 def _flat(model):

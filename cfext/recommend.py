@@ -191,7 +191,7 @@ def top_items(
 def _as_index(ids):
     "One id or several as an Index"
     if isinstance(ids, (pd.DataFrame,abc.Mapping)): raise TypeError(f"expected one id or several, got a {type(ids).__name__}: pass its column of ids, or a list")
-    if callable(ids): raise TypeError("expected one id or several, got a function: only `candidates` may be a rule")
+    if callable(ids): raise TypeError("expected one id or several, got a function: only the `candidates` of `recommend` may be a rule")
     if isinstance(ids, (abc.Set,abc.ValuesView,abc.Iterator)): ids = list(ids)
     ids = pd.Index([plain(ids)] if np.ndim(ids)==0 else ids)
     return ids.astype(ids.categories.dtype) if isinstance(ids, pd.CategoricalIndex) else ids

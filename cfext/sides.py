@@ -23,12 +23,15 @@ from .newcomers import _learner_like,_loaders_like,_more_ids
 
 # %% ../nbs/10d_sides.ipynb #cc99bad0
 def _bags(col, sep):
-    "The categories of each cell, as lists; a missing cell is an empty one"
+    "Each cell's place among the different bags of categories, and these bags, lists of which the last is that of a missing cell"
     def bag(o):
         if is_list_like(o): return [plain(v) for v in o]
         if pd.isna(o): return []
         return [v for v in str(o).split(sep) if v] if sep else [plain(o)]
-    return [bag(o) for o in col]
+    vals = col.to_numpy(object)
+    try: at,vals = pd.factorize(vals)
+    except TypeError: at = np.arange(len(vals)) # lists, which cannot be hashed
+    return at,[*map(bag, vals), []]
 
 def fit_sides(
     df:pd.DataFrame, # a row an id
@@ -43,7 +46,7 @@ def fit_sides(
     for c in df.columns: check_cols(df, feature=c)
     for c in df.columns.drop(id_name):
         if c in cats or c in sep or not is_numeric_dtype(df[c]) or is_bool_dtype(df[c]):
-            bags = _bags(df[c], sep.get(c))
+            bags = _bags(df[c], sep.get(c))[1]
             levels = sorted({v for b in bags for v in b}, key=lambda o: (type(o).__name__, o))
             odd = next((v for v in levels if not isinstance(v, (str,int,float))), None)
             if odd is not None: raise TypeError(f"feature {c!r} holds {type(odd).__name__} such as {odd}: give text, or a number such as a date's year, or leave the column out")
@@ -77,13 +80,14 @@ def encode_sides(
             nums.append(torch.zeros(n).masked_scatter_(there, torch.from_numpy(np.nan_to_num((v-c['mean'])/c['sd'])).float()))
             continue
         place = {v:j for j,v in enumerate(c['levels'], base)}
-        own,w = torch.zeros(n, c['slots'], dtype=torch.long),torch.zeros(n, c['slots'])
-        for r,bag in zip(np.flatnonzero(at>=0), _bags(rows[c['name']], c['sep'])):
-            known = [place[v] for v in bag if v in place][:c['slots']]
-            miss['empty cells'] += not bag
-            miss['unknown levels'] += sum(v not in place for v in bag)
-            own[r,:len(known)],w[r,:len(known)] = torch.tensor(known, dtype=torch.long),1/max(len(known), 1)
-        codes,weights,base = codes+[own],weights+[w],base+len(c['levels'])
+        cell,bags = _bags(rows[c['name']], c['sep'])
+        miss['empty cells'] += int(np.array([not b for b in bags])[cell].sum())
+        miss['unknown levels'] += int(np.array([sum(v not in place for v in b) for b in bags])[cell].sum())
+        known = [[place[v] for v in b if v in place][:c['slots']] for b in bags]
+        known = torch.from_numpy(np.array([b+[0]*(c['slots']-len(b)) for b in known], dtype=np.int64))
+        own = torch.zeros(n, c['slots'], dtype=torch.long)
+        own[there] = known[cell]
+        codes,weights,base = codes+[own],weights+[(own>0)/(own>0).sum(1, keepdim=True).clamp(min=1)],base+len(c['levels'])
     cat = lambda ts, **kw: torch.cat(ts, 1) if ts else torch.zeros(n, 0, **kw)
     return (cat(codes, dtype=torch.long),cat(weights),torch.stack(nums, 1) if nums else torch.zeros(n, 0)),miss
 

@@ -7,6 +7,7 @@ __all__ = ['forms', 'EmbTable', 'EmbTables', 'read_embs', 'emb_spaces', 'align_t
            'emb_columns']
 
 # %% ../nbs/13a_tables.ipynb #99dc703c
+import warnings
 from dataclasses import dataclass,replace
 
 import numpy as np,pandas as pd
@@ -62,6 +63,8 @@ def encode(self:EmbTable,
     if len(s) and (found<0).all() and not s.isna().all() and len(self.keys) and _kind(idx)!=_kind(self.keys):
         raise TypeError(f"column {name!r} holds {s.dtype} ({s.dropna().iloc[:1].tolist()[0]!r}), but its embedding is keyed by "
                         f"{self.keys.dtype} ({self.keys[:1].tolist()[0]!r}): convert it with `.astype`")
+    odd = s[(found<0)&s.notna().to_numpy()]
+    if len(odd) and (hint := kind_hint(odd, self.keys, sure=True)): warnings.warn(f"column {name!r} holds {len(odd):,} unknown cells such as {plain(odd.iloc[0])!r}: {hint}", stacklevel=2)
     live = np.append(np.where(self.counts[1:]>0, np.arange(1, len(self.counts)), -1), -1)
     codes = live[found]
     return np.where((codes<0) & s.isna().to_numpy(), na, codes) if (codes<0).any() else codes

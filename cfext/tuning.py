@@ -152,6 +152,7 @@ def tune(
     *,
     valid_pct:float=0.2, # share of each user's training rows put aside
     n_users:int|None=None, # judge lists of so many users; None: all
+    exclude_seen:bool=True, # leave out of the lists what the user has in the rows trained on?
     prune:bool=True, # break off trials that are behind the median of the others?
     seed:int=0, # of the rows put aside, of the learners and of the search
     storage:str|Path|None=None, # SQLite file, or a URL as optuna knows them, to keep the search in; None: nowhere
@@ -164,9 +165,9 @@ def tune(
     optuna,minimize = import_extra('optuna', 'tune'),measure in ('RMSE','valid_loss')
     inner,what = inner_loaders(dls, valid_pct, seed),measure if minimize else f'{measure}@{k}'
     setup = json.dumps(dict(space=space, measure=what, epochs=epochs, valid_pct=valid_pct, seed=seed, learner=_spelled(make_learner), users=dls.n_users, items=dls.n_items,
-                            rows=len(dls.train_ds), digest=_digest(dls.train_ds)), default=str, sort_keys=True)
+                            rows=len(dls.train_ds), digest=_digest(dls.train_ds), **({} if exclude_seen else dict(exclude_seen=False))), default=str, sort_keys=True)
     def one(trial):
-        metrics = list_metrics(measure, k=k, n_users=n_users) if not minimize else [AvgMetric(_sq_error)] if measure=='RMSE' else []
+        metrics = list_metrics(measure, k=k, n_users=n_users, exclude_seen=exclude_seen) if not minimize else [AvgMetric(_sq_error)] if measure=='RMSE' else []
         cb = PruneTrial(trial, {'RMSE':'_sq_error','valid_loss':'valid_loss'}.get(measure, what), minimize, 0.5 if measure=='RMSE' else 1.)
         _fit(make_learner, inner, suggest(trial, space), epochs, seed, metrics, cb)
         if cb.pruned: raise optuna.TrialPruned()

@@ -141,6 +141,19 @@ def test_gibbs_repeats_and_beats_a_point_estimate():
     assert ((torch.stack(P).mean(0)-y)**2).mean() < min(((p-y)**2).mean(), ((P[-1]-y)**2).mean())
     assert runs[0].model.user_factors[0].abs().max()<2 and 0.5<cb.tau<10
 
+def test_gibbs_weighs_rows():
+    "A row of weight 2 is the row twice; one weight for all changes nothing"
+    g = lambda: torch.Generator().manual_seed(1)
+    V,resid = torch.randn(7, 3, generator=g()),torch.randn(7, generator=g())
+    args = torch.full((1,3), 0.5),torch.eye(3),1.7
+    twice = _draw_rows(torch.tensor([0,14]), torch.arange(7).repeat(2), resid.repeat(2), V, *args, g())
+    once = _draw_rows(torch.tensor([0,7]), torch.arange(7), resid, V, *args, g(), torch.full((7,), 2.))
+    torch.testing.assert_close(once, twice, atol=1e-5, rtol=1e-4)
+    def state(w):
+        dls = CFDataLoaders.from_df(df.assign(w=w), item_name='title', weight_name=None if w is None else 'w', seed=0, device='cpu')
+        return _state(quietly(cf_learner(dls, n_factors=3, seed=0), 'fit', 3, cbs=GibbsMF(1, 1)).model)
+    assert same(state(None), state(3.), atol=1e-4) and not same(state(None), state(df.timestamp.rank()), atol=1e-2)
+
 def test_gibbs_leaves_the_generators_alone():
     torch.manual_seed(3)
     learn = make(y_range=None)

@@ -191,6 +191,14 @@ def test_metrics_of_a_part_of_the_users_and_of_nan(learn):
     with torch.no_grad(): l.model.item_bias[2] = float('nan')
     assert math.isnan(l.validate()[1])
 
+def test_metrics_may_rank_what_was_seen(learn):
+    vals = []
+    for seen in (True,False):
+        l = cf_learner(learn.dls, n_factors=3, seed=0, metrics=list_metrics('MAP','recall', k=12, exclude_seen=seen))
+        vals.append(l.validate()[1:])
+        assert list(vals[-1])==pytest.approx(l.evaluate(k=12, measures=('MAP','recall'), exclude_seen=seen)[['MAP@12','recall@12']].iloc[0].tolist(), rel=1e-5)
+    assert vals[0]!=vals[1]
+
 def test_popularity_on_the_ncf_split_scores_what_was_published(data_dir):
     base = data_dir('ncf-ml-1m')
     cols = dict(sep='\t', header=None, usecols=[0,1], names=['user','item'])
@@ -232,6 +240,18 @@ def test_users_without_a_candidate_are_left_out_and_counted(learn):
     frame = pd.DataFrame([(a,i) for a,o in given.items() for i in o], columns=[user,'title'])
     pd.testing.assert_frame_equal(rep, learn.evaluate(k=5, candidates=frame))
     assert learn.evaluate(candidates={}).counts.users_judged==0
+
+def test_candidates_as_recommend_takes_them(learn):
+    titles,us = (learn.dls.classes[n].ids for n in ('title','user'))
+    some,own = titles[:15].tolist(),{u: titles[j%5:j%5+20].tolist() for j,u in enumerate(us)}
+    want = learn.evaluate(k=5, candidates=some)
+    assert 'recall@5 (of 15)' in want
+    for given in (iter(some), set(some), some+some[:4]): pd.testing.assert_frame_equal(pd.DataFrame(learn.evaluate(k=5, candidates=given)), pd.DataFrame(want))
+    once = learn.evaluate(k=5, candidates={u: iter(v) for u,v in own.items()})
+    pd.testing.assert_frame_equal(pd.DataFrame(once), pd.DataFrame(learn.evaluate(k=5, candidates=own)))
+    assert 'recall@5 (of 1)' in learn.evaluate(k=5, candidates=some[0])
+    with pytest.raises(ValueError, match='`candidates` is empty: there is nothing to rank'): learn.evaluate(candidates=[])
+    with pytest.raises(TypeError, match='got a function'): learn.evaluate(candidates=lambda us: us)
 
 def test_baselines_do_not_take_the_models_place(learn):
     for n in ('popularity',type(learn.model).__name__):

@@ -530,3 +530,13 @@ def test_names_of_columns_that_are_numbers():
     X = df[['k','p']].assign(**{'7':1.}).rename(columns={'7':7})
     ef = EmbeddingFeatures(_tab(df), cv=None).fit(X)
     assert list(ef.transform(X).columns)==list(ef.get_feature_names_out()) and '7' in ef.transform(X)
+
+def test_cells_of_another_kind_are_told():
+    "Numbers in text among numbers are unknown cells, but no newcomers"
+    for keys,cells,n in ((pd.Index([7,8,9]), [7,'8','9',None], 2), (pd.Index(['7','8']), ['7',8,7.], 2)):
+        t = EmbTable(keys, np.zeros((len(keys)+1,2), np.float32))
+        for dtype in (object,'category'):
+            with pytest.warns(UserWarning, match=rf"column 'store' holds {n} unknown cells such as .*: the known ids are \w+, these are .*: convert them with .astype"): t.encode(pd.Series(cells, dtype=dtype), 'store')
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert t.encode([keys[0],'x',None] if keys.dtype!=np.int64 else [keys[0],10,None]).tolist()==[1,-1,-1]

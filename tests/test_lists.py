@@ -48,7 +48,7 @@ def test_what_is_read_once_is_kept_for_all_chunks(learn, tmp_path):
             pd.testing.assert_frame_equal(file(**once), learn.recommend(k=4, **kw), check_dtype=False, rtol=1e-5)
     for some in ({5,9}, iter([5,9]), {5:0,9:0}.keys(), 5): assert set(file(some).user)<={5,9}
     with pytest.raises(TypeError, match='got a DataFrame: pass its column'): file(pd.DataFrame(dict(user=[5])))
-    with pytest.raises(TypeError, match='got a function: only `candidates` may be a rule'): file(exclude=lambda us: us)
+    with pytest.raises(TypeError, match='got a function: only the `candidates` of `recommend` may be a rule'): file(exclude=lambda us: us)
 
 def test_a_first_chunk_without_lists(tmp_path):
     pytest.importorskip('pyarrow')
@@ -92,6 +92,30 @@ def test_the_index_follows_the_scores(learn, kind):
     torch.testing.assert_close(s[recs==want], ws[recs==want], atol=1e-4, rtol=1e-4)
     seen = learn.dls.train_ds.x[learn.dls.train_ds.x[:,0]==5,1]
     assert not np.isin(recs[0], seen).any()
+
+@pytest.mark.parametrize('kind', ['cosines','graph','graph of cosines','sides','towers','ials'])
+def test_the_index_takes_cosines_and_built_factors(learn, kind):
+    pytest.importorskip('usearch')
+    dls,its = learn.dls,pd.DataFrame(dict(title=learn.dls.classes['title'].ids, n=range(90)))
+    make = {'cosines':lambda: CosineProduct(dls.n_users, dls.n_items, 5), 'ials':lambda: IALS(dls, 5, n_iter=2), 'graph':lambda: LightGCN.from_dls(dls, n_factors=5, init_sd=1.),
+            'graph of cosines':lambda: LightGCN.from_dls(dls, n_factors=5, unit=True), 'sides':lambda: SideProduct.from_dls(dls, items=its, n_factors=5),
+            'towers':lambda: SideProduct.from_dls(dls, items=its, n_factors=5, layers=(6,))}
+    torch.manual_seed(0)
+    model = make[kind]()
+    if kind not in ('ials','graph'):
+        with torch.no_grad():
+            for p in model.parameters(): p.normal_()
+    l = cf_learner(dls, model, unk_p=0)
+    l.model.train()
+    index = ItemIndex(l, expansion_search=200)
+    assert index.recall(k=10)>0.97 and l.model.training
+    got,want = (o.recommend([5,9,1], k=6) for o in (index,l))
+    both = got.merge(want, on=['user','title'])
+    assert len(both)>=16 and np.allclose(both.score_x, both.score_y, atol=1e-4)
+
+def test_no_item_is_lost_by_several_threads(learn):
+    pytest.importorskip('usearch')
+    assert all(ItemIndex(learn, threads=16, expansion_search=200).recall(k=10)==1 for _ in range(40))
 
 def test_a_user_who_has_seen_nearly_everything(learn):
     pytest.importorskip('usearch')

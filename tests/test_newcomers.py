@@ -335,6 +335,25 @@ def test_ids_stay_what_they_were(shift):
     with pytest.raises(TypeError, match='such as 9001.5 among known ones that are whole numbers'): learn.fold_in(rows(9001.5))
     with pytest.raises(TypeError, match=r"such as '7' \(str\) among known ones such as"): learn.fold_in(rows('7'))
 
+@pytest.mark.parametrize('top', [2**63-1, 2**64-1])
+@pytest.mark.parametrize('dtype', ['as known',object,'category','nullable'])
+def test_large_whole_numbers_are_ids_like_any(top, dtype, tmp_path):
+    known = np.int64 if top<2**63 else np.uint64
+    df = synth_ratings(60, 40, 1000).assign(item=lambda d: d.groupby('title').ngroup())
+    df = df.assign(**{c: pd.Series([top-v for v in df[c]], dtype=known) for c in ('user','item')})
+    new = df[df.user<=top-50]
+    learn = cf_learner(CFDataLoaders.from_df(df[df.user>top-50], seed=3, device='cpu', bs=32), n_factors=3, seed=0)
+    u = int(new.user.iloc[0])
+    given = new.astype({c: {'as known':known, 'nullable':'Int64' if known is np.int64 else 'UInt64'}.get(dtype, dtype) for c in ('user','item')})
+    for got in (learn.fold_in(given), learn.partial_fit(given)):
+        assert got.dls.classes['user'].ids.dtype==known and got.recommend([u], k=2).user.tolist()==[u,u] and set(new.user)<=set(got.dls.classes['user'].ids)
+        assert got.dls.classes['user'].ids.is_unique and got.evaluate(k=3, split=new, exclude_seen=False).counts['rows_of_unknown_users']==0
+    sides = cf_learner(learn.dls, SideProduct, n_factors=3, config=dict(items=pd.DataFrame(dict(item=learn.dls.classes['item'].ids)).assign(x=lambda d: np.arange(len(d)))), seed=0)
+    later = sides.add_ids(pd.DataFrame(dict(item=[5], x=[1]))).dls.classes['item'].ids # of the other type, where the known are uint64
+    assert later.dtype==known and list(later)[-2:]==[learn.dls.classes['item'].ids[-1],5]
+    if known is np.int64:
+        with pytest.raises(TypeError, match='new ids such as .* among known ones that are whole numbers'): learn.fold_in(new.astype({'user':float}))
+
 def test_held_out_rows_of_newcomers_count_once_they_are_known(tmp_path):
     df = synth_ratings(60, 40, 900)
     cold = df.user.isin(range(1, 60, 6)).to_numpy()

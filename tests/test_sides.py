@@ -19,6 +19,29 @@ def test_encoding_against_a_loop():
     _,miss = encode_sides(spec, films.assign(genre='z', kind=9), 'item', ids)
     assert miss['unknown levels']==8
 
+@pytest.mark.parametrize('kind', ['text','numbers','lists','tuples','sets','arrays','separated','category','mixed'])
+def test_encoding_of_any_cells_is_that_of_one_cell_at_a_time(kind):
+    rng = np.random.default_rng(0)
+    bags = [list(rng.choice(list('abcde'), rng.integers(0, 4))) for _ in range(60)]
+    cells = dict(text=[b[0] if b else None for b in bags], numbers=[len(b) if b else np.nan for b in bags], lists=[b or None for b in bags], tuples=[tuple(b) for b in bags],
+                 sets=[set(b) for b in bags], arrays=[np.array(b) for b in bags], separated=['|'.join(b) or None for b in bags],
+                 category=pd.Categorical([b[0] if b else None for b in bags]))
+    cells['mixed'] = [*cells["text"][:30],*range(30)]
+    df = pd.DataFrame(dict(item=rng.permutation(60))).assign(f=pd.Series(cells[kind], dtype='category' if kind=='category' else None))
+    kw = dict(cats=['f'] if kind=='numbers' else (), sep={'f':'|'} if kind=='separated' else None)
+    few = fit_sides(df[:25], 'item', **kw) # fewer levels and slots than there are later
+    ids = pd.Index(rng.permutation(70))
+    (codes,weights,_),miss = encode_sides(few, df, 'item', ids)
+    one = [encode_sides(few, df, 'item', ids[j:j+1]) for j in range(70)]
+    assert torch.equal(codes, torch.cat([o[0][0] for o in one])) and torch.equal(weights, torch.cat([o[0][1] for o in one]))
+    assert miss=={k: sum(o[1][k] for o in one) for k in miss} and miss['ids without a row']==10
+    place,back = {v:j for j,v in enumerate(few[0]['levels'], 1)},df.set_index('item').f
+    for i,c,w in zip(ids, codes.tolist(), weights.tolist()):
+        o = back.get(i)
+        bag = [] if o is None or np.ndim(o)==0 and not isinstance(o, set) and pd.isna(o) else o.split('|') if kind=='separated' else list(o) if kind in ('lists','tuples','sets','arrays') else [o]
+        want = [place[v] for v in bag if v in place][:few[0]['slots']]
+        assert [v for v in c if v]==want and [v for v in w if v]==[pytest.approx(1/max(len(want), 1))]*len(want)
+
 def test_bad_input():
     with pytest.raises(ValueError, match="'year' holds 1 infinite"): fit_sides(films.assign(year=[1,2,3,np.inf]), 'item')
     with pytest.raises(ValueError, match='`cats`=.sort. is not a column'): fit_sides(films, 'item', cats=['sort'])

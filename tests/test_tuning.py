@@ -55,6 +55,19 @@ def test_a_search_goes_on_where_it_stood(dls, tmp_path):
     with pytest.raises(ValueError, match='was made for another search'): tune(dls, space, n_trials=3, k=6, storage=tmp_path/'x'/'t.db', bar=False)
     assert len(tune(dls, space, n_trials=1, k=6, storage=tmp_path/'x'/'t.db', name='other', bar=False).frame)==1
 
+def test_lists_may_hold_what_was_seen(dls, tmp_path):
+    pytest.importorskip('optuna')
+    make = lambda d, n_factors, seed: cf_learner(d, n_factors=n_factors, seed=seed, cbs=[])
+    go = lambda **kw: tune(dls, dict(n_factors=[3]), make, n_trials=1, epochs=2, measure='MAP', k=12, seed=5, bar=False, **kw)
+    inner,vals = inner_loaders(dls, 0.2, 5),[go(exclude_seen=o).value for o in (True,False)]
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        l = make(inner, 3, 5)
+        with l.no_bar(),l.no_logging(): l.fit_one_cycle(2, l.lr)
+    assert vals==pytest.approx([l.evaluate(k=12, measures=('MAP',), exclude_seen=o)['MAP@12'].iloc[0] for o in (True,False)], rel=1e-4) and vals[0]!=vals[1]
+    go(storage=tmp_path/'t.db')
+    with pytest.raises(ValueError, match='was made for another search'): go(storage=tmp_path/'t.db', exclude_seen=False)
+
 def test_diverged_trials_are_pruned_and_a_search_of_them_only_is_an_error(dls):
     pytest.importorskip('optuna')
     def make(dls, bad, seed=0):
