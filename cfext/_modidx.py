@@ -176,6 +176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.capture.opt_kind': ('capture.html#opt_kind', 'cfext/capture.py'),
                                'cfext.capture.step_columns': ('capture.html#step_columns', 'cfext/capture.py')},
             'cfext.cli': { 'cfext.cli._batch_size': ('cli.html#_batch_size', 'cfext/cli.py'),
+                           'cfext.cli._check_filled': ('cli.html#_check_filled', 'cfext/cli.py'),
                            'cfext.cli._evaluate': ('cli.html#_evaluate', 'cfext/cli.py'),
                            'cfext.cli._explore': ('cli.html#_explore', 'cfext/cli.py'),
                            'cfext.cli._fit': ('cli.html#_fit', 'cfext/cli.py'),
