@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np,pandas as pd
 import torch
 from torch import Tensor
-from pandas.api.types import is_bool_dtype,is_float_dtype,is_integer_dtype,is_unsigned_integer_dtype
+from pandas.api.types import is_bool_dtype,is_float_dtype,is_integer_dtype,is_list_like,is_unsigned_integer_dtype
 from fastai.data.all import *
 from fastai.tabular.core import display_df
 from .core import *
@@ -79,6 +79,8 @@ def _factorize(col):
 
 def _encode_train(col, arg, train):
     "Codes of all rows (int32, 0 = not among the training rows) and the `IdMap` of the rows marked in `train`"
+    if is_list_like(col.iloc[0]): raise TypeError(f"`{arg}`={col.name!r} holds ids like {col.iloc[0]!r}; expected single values: make text of them, `df[{col.name!r}].map(str)`")
+    if col.dtype=='float16': raise TypeError(f"`{arg}`={col.name!r} holds float16, which tells whole numbers apart only up to 2,048: keep ids as integers or text")
     codes,uniq = _factorize(col)
     if (codes<0).any():
         n = int((codes<0).sum())
@@ -300,6 +302,8 @@ def _dedupe(df, user, item, rating, policy):
 
 def _numbers(col, arg, dtype=np.float32):
     "A column as an array of numbers, NaN where one is missing"
+    kind = col.cat.categories.dtype if isinstance(col.dtype, pd.CategoricalDtype) else col.dtype
+    if kind.kind in 'mMc': raise TypeError(f"`{arg}`={col.name!r} should hold numbers; it holds {kind}")
     try: return col.to_numpy(dtype=dtype, na_value=np.nan)
     except (ValueError,TypeError) as e: raise TypeError(f"`{arg}`={col.name!r} should hold numbers; it holds {col.dtype}") from e
 
@@ -307,9 +311,11 @@ def _targets(col, arg):
     "A column of finite numbers as a (n,1) float32 tensor"
     y = _numbers(col, arg)
     bad = ~np.isfinite(y)
+    if (big := bad & np.isfinite(_numbers(col, arg, float)) if bad.any() else bad).any():
+        raise ValueError(f"`{arg}`={col.name!r} holds {int(big.sum())} numbers too large for float32, which ends at 3.4e38 (first at row {int(big.argmax())}): scale the column, or mend those rows")
     if bad.any(): raise ValueError(f"`{arg}`={col.name!r} holds {int(bad.sum())} missing or infinite values (first at row "
                                    f"{int(bad.argmax())}): drop them with `df[np.isfinite(df[{col.name!r}])]`")
-    return torch.from_numpy(y)
+    return torch.tensor(y)
 
 # %% ../nbs/01b_data.ipynb #64fc64eb
 def _row_numbers(o, n):
