@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cfext.data._encode_train': ('data.html#_encode_train', 'cfext/data.py'),
                             'cfext.data._factorize': ('data.html#_factorize', 'cfext/data.py'),
                             'cfext.data._fits': ('data.html#_fits', 'cfext/data.py'),
+                            'cfext.data._hint_zeros': ('data.html#_hint_zeros', 'cfext/data.py'),
                             'cfext.data._numbers': ('data.html#_numbers', 'cfext/data.py'),
                             'cfext.data._row_numbers': ('data.html#_row_numbers', 'cfext/data.py'),
                             'cfext.data._split_mask': ('data.html#_split_mask', 'cfext/data.py'),

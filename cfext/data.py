@@ -401,6 +401,12 @@ class CFDataLoaders(DataLoaders):
         return res
 
 # %% ../nbs/01b_data.ipynb #f3a459dd
+def _hint_zeros(y, rating):
+    "Warn where 0 is so frequent among ratings of more than one other height that it may stand for none"
+    share = (y==0).float().mean().item()
+    if share>1/3 and y.min()>=0 and len(y[y>0].unique())>1:
+        warnings.warn(f"`rating_name`={rating!r} is 0 in {share:.0%} of the rows; where 0 stands for 'not rated', leave them out, `df[df[{rating!r}]>0]`, or take each row as a choice, `rating_name=None`", stacklevel=4)
+
 @patch(cls_method=True)
 def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     "`Ratings` of the rows marked in each of `masks`, coded by the ids of the first"
@@ -416,6 +422,7 @@ def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
             raise ValueError(f"`{arg}`={col!r} holds a single id, {plain(classes[col].ids[0])!r}, in the training rows: there is nothing to compare. "
                              "Check that this is the right column")
     y = torch.ones(len(df)) if rating is None else _targets(df[rating], 'rating_name')
+    if rating is not None: _hint_zeros(y, rating)
     w = None if weight is None else _targets(df[weight], 'weight_name')
     if w is not None and (w<0).any(): raise ValueError(f"`weight_name`={weight!r} holds {int((w<0).sum())} negative weights")
     if w is not None and not (w[masks[0]]>0).any(): raise ValueError(f"`weight_name`={weight!r} is 0 in every training row: there would be nothing to learn from")
