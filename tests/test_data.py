@@ -1,5 +1,5 @@
 "Frames to loaders: any dtype of id, every row once, unknown ids by policy, the caller's frame unchanged"
-import warnings
+import pickle,warnings
 
 import numpy as np,pandas as pd,pyarrow as pa,pytest,torch
 from fastai.collab import CollabDataLoaders
@@ -188,6 +188,8 @@ def test_splitters(df):
     assert (n[n==n.min()].index.isin(df.user.iloc[tr])).all() and not n[n==n.min()].index.isin(df.user.iloc[va]).any()
     tr,va = ColdUserSplitter(0.3, seed=1)(df)
     assert not set(df.user.iloc[tr]) & set(df.user.iloc[va]) and df.user.iloc[va].nunique()==18
+    for f in (TimeSplitter(0.25),LastNSplitter(2),ColdUserSplitter(0.3, seed=1)):
+        for a,b in zip(f(df), pickle.loads(pickle.dumps(f))(df)): assert np.array_equal(a, b)
     with pytest.raises(ValueError, match='have no time'): TimeSplitter()(df.assign(timestamp=df.timestamp.where(df.user>3)))
 
 def test_row_0_is_what_is_not_in_training(df):
