@@ -1,7 +1,12 @@
 "fastai's collaborative filtering, finished: learners, callbacks and tools for embeddings and recommenders"
 __version__ = "0.0.1"
 
-import sys as _sys
+import sys as _sys,warnings as _warnings
+
+with _warnings.catch_warnings(): # torch warns of `torch.jit.script`, which fastai uses as it is imported
+    _warnings.filterwarnings('ignore', '`torch.jit.script', FutureWarning)
+    import fastai.layers as _layers
+
 from .core import *
 from .sources import *
 from .data import *

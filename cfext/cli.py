@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/16_cli.ipynb #c1a56ede
-import json,sys,warnings
+import json,os,sys,warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,20 +54,28 @@ def _list_learner(dls, n_factors, seed, **kwargs):
     return cf_learner(dls, CosineProduct, n_factors, loss_func=loss, seed=seed, **kwargs)
 
 # %% ../nbs/16_cli.ipynb #2fd62d2b
-_splitters = dict(random=lambda pct,seed: None, time=lambda pct,seed: TimeSplitter(pct), last=lambda pct,seed: LastNSplitter(1),
-                  cold=lambda pct,seed: ColdUserSplitter(pct, seed=seed))
+_splitters = dict(random=lambda pct,seed,user,time: None, time=lambda pct,seed,user,time: TimeSplitter(pct, time), last=lambda pct,seed,user,time: LastNSplitter(1, user, time),
+                  cold=lambda pct,seed,user,time: ColdUserSplitter(pct, user, seed))
 
-def _load(data, split, splitter, valid_pct, seed, lists=False, **names):
+def _check_filled(df, names):
+    "Raise, in the words of a shell, where a row has no user, item or rating"
+    for role in ('user','item','rating'):
+        if (c := names[f'{role}_name']) is None: continue
+        gaps = df[find_col(df, c, role)].isna().to_numpy()
+        if gaps.any(): raise ValueError(f"{int(gaps.sum())} of {len(df):,} rows have no {role} (first: row {int(gaps.argmax())+1} below the names of columns): take them out of the file, or name another column with --{role}-name")
+
+def _load(data, split, splitter, valid_pct, seed, lists=False, time_name='timestamp', encoding='utf-8', **names):
     "Loaders, the frame and what was said about it"
-    df = synth_ratings(1000, 500, 60_000) if data is None else read_ratings(data, split)
+    df = synth_ratings(1000, 500, 60_000) if data is None else read_ratings(data, split, encoding=encoding)
     if names['item_name']=='item' and 'title' in df: names['item_name'] = 'title'
     check_choice(splitter, 'splitter', _splitters)
-    f = ColSplitter('is_valid') if split else _splitters[splitter](valid_pct, seed)
+    f = ColSplitter('is_valid') if split else _splitters[splitter](valid_pct, seed, names['user_name'], time_name)
     names['rating_name'] = _rating_col(df, names['rating_name'], lists)
+    _check_filled(df, names)
     lists = names['rating_name'] is None
     bs = names.pop('bs') or _batch_size(len(df), lists)
     dls = CFDataLoaders.from_df(df, valid_pct=valid_pct, splitter=f, seed=seed, bs=bs, by_user=lists, **names)
-    print(f"{len(df):,} {'choices' if lists else 'ratings'} of {dls.n_users-1:,} users and {dls.n_items-1:,} items; {len(dls.valid_ds):,} held out ({split or splitter}); "
+    print(f"{len(df):,} {'choices' if lists else 'ratings'} of {df[dls.user_name].nunique():,} users and {df[dls.item_name].nunique():,} items; {len(dls.valid_ds):,} held out ({split or splitter}); "
           f"batches of {bs} on {dls.device}")
     return df,dls
 
@@ -130,6 +138,8 @@ def _fit(
     user_name:str='user', # column of users
     item_name:str='item', # column of items; titles are taken where the set has them
     rating_name:str='rating', # column of ratings; where there is none, each row is a choice
+    time_name:str='timestamp', # column of times, for the splitters 'time' and 'last'
+    encoding:str='utf-8', # of a text file: latin-1, utf-16 and so on
     lists:bool=False, # train for lists instead of ratings? each row is then a choice, whatever its rating
     model:str='dot', # 'dot' (factors) or, for ratings, 'nn' (a network over two embeddings)
     n_factors:int=50, # factors of each user and item
@@ -146,8 +156,9 @@ def _fit(
     "Train a recommender, hold it against baselines, and write it down"
     out = Path(out)
     if out.is_file(): raise ValueError(f"--out {out} is a file; a folder is needed")
-    check_choice(model, 'model', ('dot','nn')),check_pos(K, 'k')
-    df,dls = _load(data, split, splitter, valid_pct, seed, lists, user_name=user_name, item_name=item_name, rating_name=rating_name, bs=bs)
+    check_choice(model, 'model', ('dot','nn')),check_pos(K, 'k'),check_pos(n_factors, 'n_factors'),check_pos(ifnone(epochs, 1), 'epochs')
+    if not (0<ifnone(lr, 1)<np.inf and 0<=ifnone(wd, 0)<np.inf): raise ValueError(f"--lr should be a number above 0 and --wd one of at least 0, got {ifnone(lr, 'none')} and {ifnone(wd, 'none')}")
+    df,dls = _load(data, split, splitter, valid_pct, seed, lists, time_name, encoding, user_name=user_name, item_name=item_name, rating_name=rating_name, bs=bs)
     lists = dls.rating_name is None
     if lists and model=='nn': raise ValueError("--model nn predicts ratings; lists are trained with --model dot")
     epochs,lr,wd = (ifnone(o, d) for o,d in zip((epochs,lr,wd), (30,1e-2,0.) if lists else (5,5e-3,0.1)))
@@ -156,7 +167,7 @@ def _fit(
     with _plain_progress(learn): learn.fit_one_cycle(epochs, lr, wd=wd)
     if not all(p.isfinite().all() for p in learn.model.parameters()): raise ValueError(f"the training has diverged, and {out} is left as it was: take a smaller --lr than {lr:g}")
     beside = dict(EASE=EASE(dls)) if lists and dls.n_items<=5000 else None
-    report = learn.evaluate(k=K, baselines=beside) if len(dls.valid_ds) else pd.DataFrame()
+    report = learn.evaluate(k=K, baselines=beside, bar=sys.stdout.isatty()) if len(dls.valid_ds) else pd.DataFrame()
     learn.save_bundle(out)
     _write_report(learn, report, out, dict(data=data and str(data), lists=lists, model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,
                                            splitter=split or splitter, valid_pct=valid_pct, seed=seed))
@@ -164,7 +175,7 @@ def _fit(
     _write_items(df, dls.item_name, out)
     _pictures(learn, out, None if genre is None else df.drop_duplicates(dls.item_name).set_index(dls.item_name)[genre].astype('string').str.split('|').str[0])
     users = dls.classes[dls.user_name].ids[:10_000]
-    with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K).to_csv(f, index=False, float_format='%.4f')
+    with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K, bar=sys.stdout.isatty()).to_csv(f, index=False, float_format='%.4f')
     print((f"\n{report.round(4)}\n" if len(report) else '') + f"\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
 
 # %% ../nbs/16_cli.ipynb #097df6c7
@@ -180,7 +191,7 @@ def _the_id(learn, role, text):
         print(f"no --{role} given: the {most} one, {o}\n")
         return o
     first = plain(ids.ids[0])
-    try: o = type(first)(text) if type(first) in _kinds else text
+    try: o = type(first)(text) if type(first) in _kinds and '_' not in text else text # to Python, 1_0 is 10
     except ValueError: o = text
     if not ids.encode([o])[0]: raise UnknownIdError(role, [o], f"--{role} takes {_kinds.get(type(first), 'ids')} such as {first!r}; without it the {most} one is taken")
     return o
@@ -197,7 +208,7 @@ def _evaluate(
     "Print the report on the held-out rows, beside baselines"
     learn = _open(bundle)
     if not len(learn.dls.valid_ds): raise ValueError(f"{bundle} holds no rows that were held out: fit it with --valid-pct above 0")
-    print(learn.evaluate(k=K).round(4))
+    print(learn.evaluate(k=K, bar=sys.stdout.isatty()).round(4))
 
 def _recommend(
     bundle:str, # folder that `cfext fit` wrote
@@ -238,12 +249,20 @@ def main(
 )->int: # exit status
     "Run `cfext COMMAND ...`"
     argv = list(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     if not argv or argv[0] not in _commands:
-        print("usage: cfext COMMAND [-h] ...\n\n" + '\n'.join(f"  {n:10} {f.__doc__}" for n,(f,_) in _commands.items()))
-        return 0 if argv[:1] in ([],['-h'],['--help']) else 2
+        asked = argv[:1] in ([],['-h'],['--help'])
+        print(('' if asked else f"cfext: no command {argv[0]!r}\n") + "usage: cfext COMMAND [-h] ...\n\n" + '\n'.join(f"  {n:10} {f.__doc__}" for n,(f,_) in _commands.items()),
+              file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     f,pos = _commands[argv[0]]
     args = vars(anno_parser(f, prog=f'cfext {argv[0]}', pos=[pos]).parse_args(argv[1:]))
-    try: f(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
+    try:
+        f(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
+        sys.stdout.flush()
+    except BrokenPipeError: # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError,TypeError,KeyError,ImportError,OSError) as e:
         print(f"cfext {argv[0]}: {e}", file=sys.stderr)
         return 2

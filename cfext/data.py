@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np,pandas as pd
 import torch
 from torch import Tensor
-from pandas.api.types import is_bool_dtype,is_float_dtype,is_integer_dtype,is_unsigned_integer_dtype
+from pandas.api.types import is_bool_dtype,is_float_dtype,is_integer_dtype,is_list_like,is_unsigned_integer_dtype
 from fastai.data.all import *
 from fastai.tabular.core import display_df
 from .core import *
@@ -79,6 +79,8 @@ def _factorize(col):
 
 def _encode_train(col, arg, train):
     "Codes of all rows (int32, 0 = not among the training rows) and the `IdMap` of the rows marked in `train`"
+    if is_list_like(col.iloc[0]): raise TypeError(f"`{arg}`={col.name!r} holds ids like {col.iloc[0]!r}; expected single values: make text of them, `df[{col.name!r}].map(str)`")
+    if col.dtype=='float16': raise TypeError(f"`{arg}`={col.name!r} holds float16, which tells whole numbers apart only up to 2,048: keep ids as integers or text")
     codes,uniq = _factorize(col)
     if (codes<0).any():
         n = int((codes<0).sum())
@@ -301,6 +303,8 @@ def _dedupe(df, user, item, rating, policy):
 
 def _numbers(col, arg, dtype=np.float32):
     "A column as an array of numbers, NaN where one is missing"
+    kind = col.cat.categories.dtype if isinstance(col.dtype, pd.CategoricalDtype) else col.dtype
+    if kind.kind in 'mMc': raise TypeError(f"`{arg}`={col.name!r} should hold numbers; it holds {kind}")
     try: return col.to_numpy(dtype=dtype, na_value=np.nan)
     except (ValueError,TypeError) as e: raise TypeError(f"`{arg}`={col.name!r} should hold numbers; it holds {col.dtype}") from e
 
@@ -308,9 +312,11 @@ def _targets(col, arg):
     "A column of finite numbers as a (n,1) float32 tensor"
     y = _numbers(col, arg)
     bad = ~np.isfinite(y)
+    if (big := bad & np.isfinite(_numbers(col, arg, float)) if bad.any() else bad).any():
+        raise ValueError(f"`{arg}`={col.name!r} holds {int(big.sum())} numbers too large for float32, which ends at 3.4e38 (first at row {int(big.argmax())}): scale the column, or mend those rows")
     if bad.any(): raise ValueError(f"`{arg}`={col.name!r} holds {int(bad.sum())} missing or infinite values (first at row "
                                    f"{int(bad.argmax())}): drop them with `df[np.isfinite(df[{col.name!r}])]`")
-    return torch.from_numpy(y)
+    return torch.tensor(y)
 
 # %% ../nbs/01b_data.ipynb #64fc64eb
 def _row_numbers(o, n):
@@ -396,6 +402,12 @@ class CFDataLoaders(DataLoaders):
         return res
 
 # %% ../nbs/01b_data.ipynb #f3a459dd
+def _hint_zeros(y, rating):
+    "Warn where 0 is so frequent among ratings of more than one other height that it may stand for none"
+    share = (y==0).float().mean().item()
+    if share>1/3 and y.min()>=0 and len(y[y>0].unique())>1:
+        warnings.warn(f"`rating_name`={rating!r} is 0 in {share:.0%} of the rows; where 0 stands for 'not rated', leave them out, `df[df[{rating!r}]>0]`, or take each row as a choice, `rating_name=None`", stacklevel=4)
+
 @patch(cls_method=True)
 def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     "`Ratings` of the rows marked in each of `masks`, coded by the ids of the first"
@@ -411,6 +423,7 @@ def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
             raise ValueError(f"`{arg}`={col!r} holds a single id, {plain(classes[col].ids[0])!r}, in the training rows: there is nothing to compare. "
                              "Check that this is the right column")
     y = torch.ones(len(df)) if rating is None else _targets(df[rating], 'rating_name')
+    if rating is not None: _hint_zeros(y, rating)
     w = None if weight is None else _targets(df[weight], 'weight_name')
     if w is not None and (w<0).any(): raise ValueError(f"`weight_name`={weight!r} holds {int((w<0).sum())} negative weights")
     if w is not None and not (w[masks[0]]>0).any(): raise ValueError(f"`weight_name`={weight!r} is 0 in every training row: there would be nothing to learn from")

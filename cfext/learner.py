@@ -146,10 +146,12 @@ def predict(self:CFLearner,
     unk:str|None=None, # unknown ids: 'raise', 'na' or 'mean'; `None`: the loaders' own policy
 )->tuple: # (frame of the ids with a column `pred`, decoded predictions, predictions), each with n rows
     "Predict the ratings of one row or many"
-    dl = self.dls.test_dl(item, unk=unk)
+    dl = self.dls.test_dl(item := as_frame(item, self.dls.train_ds.cat_names), unk=unk)
     x = dl.dataset.x.long()
     preds = self._around(self.model).get_preds(dl=dl)[0].reshape(len(x), -1) if len(x) else torch.zeros(0, 1)
     df = dl.dataset.frame((x,), pred=preds)
+    for c,known in zip(dl.dataset.cat_names, x.T.cpu().numpy()>0): # an unknown id is the one that was asked for
+        if not known.all(): df[c] = df[c].where(known, item[c].to_numpy()).infer_objects()
     dec = getcallable(self.loss_func, 'decodes')(preds)
     return (df,dec,preds,x) if with_input else (df,dec,preds)
 

@@ -244,37 +244,45 @@ def _time_order(df, time_name):
     "Row numbers by time, earliest first; ties stay in the frame's order"
     return np.arange(len(df)) if time_name is None else _times(df, time_name).argsort(kind='stable').to_numpy()
 
+def _by_time(df, valid_pct, time_name):
+    o = _time_order(df, time_name)
+    cut = len(o)-int(valid_pct*len(o))
+    return o[:cut],o[cut:]
+
 def TimeSplitter(
     valid_pct:float=0.2, # share of the rows to hold out, 0 to 1
     time_name:str|None='timestamp', # column of times: numbers, datetimes, ordered categories, or text as numbers or ISO dates; `None`: the frame is in order already
 ):
     "Create a function that holds out the last `valid_pct` of all rows by time"
     _check_pct(valid_pct)
-    def _inner(df):
-        o = _time_order(df, time_name)
-        cut = len(o)-int(valid_pct*len(o))
-        return o[:cut],o[cut:]
-    return _inner
+    return partial(_by_time, valid_pct=valid_pct, time_name=time_name)
 
-# %% ../nbs/01a_sources.ipynb #1d4d502d
+# %% ../nbs/01a_sources.ipynb #35dcf39e
+def _last_n(df, n, user_name, time_name):
+    o = _time_order(df, time_name)
+    users = df[find_col(df, user_name, 'user')].iloc[o]
+    back = users.groupby(users, sort=False, observed=True).cumcount(ascending=False).to_numpy()
+    count = users.map(users.value_counts()).to_numpy()
+    held = np.zeros(len(df), bool)
+    held[o] = (back<n) & (count>n)
+    return np.flatnonzero(~held),np.flatnonzero(held)
+
 def LastNSplitter(
     n:int=1, # rows to hold out for each user
     user_name:str='user', # column of users
     time_name:str|None='timestamp', # column of times; `None`: the frame is in order already
 ):
     "Create a function that holds out the last `n` rows of each user who has more than `n`"
-    check_pos(n, 'n')
-    def _inner(df):
-        o = _time_order(df, time_name)
-        users = df[find_col(df, user_name, 'user')].iloc[o]
-        back = users.groupby(users, sort=False, observed=True).cumcount(ascending=False).to_numpy()
-        count = users.map(users.value_counts()).to_numpy()
-        held = np.zeros(len(df), bool)
-        held[o] = (back<n) & (count>n)
-        return np.flatnonzero(~held),np.flatnonzero(held)
-    return _inner
+    return partial(_last_n, n=check_pos(n, 'n'), user_name=user_name, time_name=time_name)
 
 # %% ../nbs/01a_sources.ipynb #d450cf11
+def _cold_users(df, valid_pct, user_name, seed):
+    users = df[find_col(df, user_name, 'user')]
+    uniq = pd.unique(users)
+    cold = np.random.default_rng(seed).permutation(len(uniq))[:int(valid_pct*len(uniq))]
+    held = users.isin(uniq[cold]).to_numpy()
+    return np.flatnonzero(~held),np.flatnonzero(held)
+
 def ColdUserSplitter(
     valid_pct:float=0.2, # share of the users to hold out, 0 to 1
     user_name:str='user', # column of users
@@ -282,10 +290,4 @@ def ColdUserSplitter(
 ):
     "Create a function that holds out all rows of a random `valid_pct` of the users"
     _check_pct(valid_pct)
-    def _inner(df):
-        users = df[find_col(df, user_name, 'user')]
-        uniq = pd.unique(users)
-        cold = np.random.default_rng(seed).permutation(len(uniq))[:int(valid_pct*len(uniq))]
-        held = users.isin(uniq[cold]).to_numpy()
-        return np.flatnonzero(~held),np.flatnonzero(held)
-    return _inner
+    return partial(_cold_users, valid_pct=valid_pct, user_name=user_name, seed=seed)

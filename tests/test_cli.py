@@ -110,3 +110,53 @@ def test_nothing_held_out_and_a_fit_that_diverges(tmp_path, capsys):
     assert main(['fit', str(tmp_path/'r.csv'), '--out', str(tmp_path/'p'), '-k', '0'])==2 and not (tmp_path/'p').exists()
     df.assign(genre=3).to_csv(tmp_path/'r.csv', index=False)
     assert fit()==0
+
+def test_settings_that_train_nothing(fitted, capsys):
+    "They are refused before anything is read or written"
+    out = fitted/'out'
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for args,msg in ((('--epochs','0'),'`epochs`=0'),(('--epochs','-1'),'`epochs`=-1'),(('--n-factors','0'),'`n_factors`=0'),(('--lr','nan'),'--lr should be'),(('--lr','0'),'--lr should be'),
+                     (('--lr','inf'),'--lr should be'),(('--wd','nan'),'--wd one of at least 0'),(('--wd','-1'),'--wd one of at least 0')):
+        assert main(['fit', str(fitted/'r.csv'), '--out', str(out), *args])==2 and msg in capsys.readouterr().err
+        assert {p.name: p.read_bytes() for p in out.iterdir()}==before
+    assert main(['fit', str(fitted/'r.csv'), '--out', str(fitted/'one'), '--epochs', '1', '--n-factors', '1'])==0
+
+def test_columns_and_encodings_are_named(tmp_path, capsys):
+    "Splitters know the names, the summary counts all users, gaps are told in a shell's words"
+    df = synth_ratings(60, 40, 800)
+    shop = pd.DataFrame(dict(client=df.user, article='Café '+df.title, stars=df.rating, when=pd.to_datetime(df.timestamp, unit='s').astype(str)))
+    shop.to_csv(tmp_path/'s.csv', index=False, sep=';', encoding='latin-1')
+    fit = lambda f,*more: main(['fit', str(tmp_path/f), '--user-name', 'client', '--item-name', 'article', '--rating-name', 'stars', '--out', str(tmp_path/'o'), '--epochs', '1', '--n-factors', '4', *more])
+    for splitter,held in (('last',60),('time',160),('cold',None)):
+        assert fit('s.csv', '--splitter', splitter, '--time-name', 'when', '--encoding', 'latin-1')==0
+        assert '800 ratings of 60 users and 40 items' in capsys.readouterr().out
+        m = json.loads((tmp_path/'o'/'metrics.json').read_text())
+        assert m['rows']['valid']==held if held else m['users']==48
+    assert fit('s.csv')==2 and "name its encoding, such as 'latin-1'" in capsys.readouterr().err
+    assert fit('s.csv', '--encoding', 'latin-1', '--splitter', 'last', '--time-name', 'day')==2 and "`time_name`='day'" in capsys.readouterr().err
+    for c,role in (('client','user'),('article','item'),('stars','rating')):
+        shop.assign(**{c: shop[c].where(shop.index!=6)}).to_csv(tmp_path/'g.csv', index=False)
+        assert fit('g.csv')==2
+        assert f'1 of 800 rows have no {role} (first: row 7 below' in (err := capsys.readouterr().err) and f'--{role}-name' in err and 'df' not in err
+
+def test_in_a_pipe(fitted, tmp_path):
+    "No bars, no traceback when the reader leaves, titles in ASCII, no warnings of imports"
+    import os
+    exe,big = Path(sys.executable).parent/'cfext',tmp_path/'big'
+    df = synth_ratings(3000, 800, 40_000)
+    df.assign(title='Café '+df.title).to_csv(tmp_path/'b.csv', index=False)
+    fit = subprocess.run([exe, 'fit', str(tmp_path/'b.csv'), '--out', str(big), '--epochs', '1', '--n-factors', '4'], capture_output=True, text=True)
+    assert fit.returncode==0 and '%' not in fit.stdout and '\r' not in fit.stdout and 'FutureWarning' not in fit.stderr, fit.stderr
+    ask = subprocess.run([exe, 'evaluate', str(big)], capture_output=True, text=True)
+    assert ask.returncode==0 and len(ask.stdout.splitlines())==8 and '\r' not in ask.stdout and not ask.stderr, ask.stdout+ask.stderr
+    plain = subprocess.run([exe, 'recommend', str(big), '--user', '7'], capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING':'ascii'})
+    assert plain.returncode==0 and r'Caf\xe9' in plain.stdout and not plain.stderr, plain.stderr
+    p = subprocess.Popen([exe, 'similar', str(big)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert p.stderr.read()==b'' and p.wait()==141
+    odd = subprocess.run([exe, 'fly'], capture_output=True, text=True)
+    assert (odd.returncode,odd.stdout)==(2,'') and odd.stderr.startswith("cfext: no command 'fly'\nusage: cfext COMMAND")
+
+def test_digits_with_underscores_are_no_number(fitted, capsys):
+    assert main(['recommend', str(fitted/'out'), '--user', '1_0'])==2 and "'1_0'" in capsys.readouterr().err
+    assert main(['recommend', str(fitted/'out'), '--user', '10'])==0

@@ -1,7 +1,7 @@
 "Frames to loaders: any dtype of id, every row once, unknown ids by policy, the caller's frame unchanged"
-import warnings
+import pickle,warnings
 
-import numpy as np,pandas as pd,pytest,torch
+import numpy as np,pandas as pd,pyarrow as pa,pytest,torch
 from fastai.collab import CollabDataLoaders
 from fastai.tabular.all import RandomSplitter,ColSplitter,IndexSplitter
 from cfext import *
@@ -16,6 +16,8 @@ dtypes = dict(int64=lambda s: s, int32=lambda s: s.astype('int32'), uint8=lambda
               category=lambda s: s.astype('category'), category_str=lambda s: s.map('u{:03}'.format).astype('category'),
               datetime=lambda s: pd.to_datetime('2001-01-01')+pd.to_timedelta(s, unit='D'), unsorted_big=lambda s: (s*7919*10**10)%(10**13),
               mixed=lambda s: s.map(lambda o: o if o%2 else str(o)).astype(object))
+
+decimal = pd.ArrowDtype(pa.decimal128(25, 2))
 
 @pytest.fixture(scope='module')
 def df(): return synth_ratings(60, 40, 900)[['user','item','title','rating','timestamp']]
@@ -186,6 +188,8 @@ def test_splitters(df):
     assert (n[n==n.min()].index.isin(df.user.iloc[tr])).all() and not n[n==n.min()].index.isin(df.user.iloc[va]).any()
     tr,va = ColdUserSplitter(0.3, seed=1)(df)
     assert not set(df.user.iloc[tr]) & set(df.user.iloc[va]) and df.user.iloc[va].nunique()==18
+    for f in (TimeSplitter(0.25),LastNSplitter(2),ColdUserSplitter(0.3, seed=1)):
+        for a,b in zip(f(df), pickle.loads(pickle.dumps(f))(df)): assert np.array_equal(a, b)
     with pytest.raises(ValueError, match='have no time'): TimeSplitter()(df.assign(timestamp=df.timestamp.where(df.user>3)))
 
 def test_row_0_is_what_is_not_in_training(df):
@@ -373,3 +377,39 @@ def test_files_that_need_a_word(df, tmp_path):
     with pytest.raises(ValueError, match="`encoding`='klingon' is not known"): read_ratings(tmp_path/'l.csv', encoding='klingon')
     for kw in (dict(encoding='latin-1'),dict(dtype=str)):
         with pytest.raises(ValueError, match='go with a single text file'): read_ratings(tmp_path, **kw)
+
+def test_ratings_that_are_no_numbers(df):
+    "Times and complex numbers are refused however they are stored; numbers of any width are read, without a warning"
+    when,span = pd.to_datetime(df.timestamp, unit='s'),pd.to_timedelta(df.timestamp, unit='s')
+    for odd in (when, when.dt.tz_localize('CET'), when.astype('timestamp[ns][pyarrow]'), when.astype('category'), when.dt.date, when.dt.to_period('D'), when.astype(object), span, span.astype('duration[ns][pyarrow]'), df.rating+1j, (df.rating+1j).astype(object)):
+        for kw in (dict(),dict(rating_name='title',weight_name='w')):
+            d = df.assign(rating=odd) if not kw else df.assign(title=df.rating, w=odd)
+            with pytest.raises(TypeError, match="should hold numbers; it holds"): loaders(d, **kw)
+    want = rows_of(loaders(df).train_ds)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for dtype in ('float32','float16','int8','Int64','Float32',decimal,'float[pyarrow]',str,object,'category'): assert rows_of(loaders(df.assign(rating=df.rating.astype(dtype))).train_ds)==want
+    copy = (d := df.assign(rating=df.rating.astype('float32'))).copy(deep=True)
+    dls = loaders(d)
+    dls.train_ds.y.add_(1)
+    dls.test_dl(d, with_labels=True).dataset.y.add_(1)
+    pd.testing.assert_frame_equal(d, copy)
+    for odd,n in ((1e300,1),(-1e39,1),(10**60,1)):
+        with pytest.raises(ValueError, match=r"holds 1 numbers too large for float32, which ends at 3.4e38 \(first at row 3\)"): loaders(df.assign(rating=df.rating.astype(object).where(df.index!=3, odd)))
+
+def test_ids_are_single_values(df):
+    "What has parts or too few digits is refused at the door; Decimals are ids as they are"
+    for role in ('user','item'):
+        for f,kind in ((lambda o: (o,'a'),'tuple'),(lambda o: [o],'list'),(lambda o: frozenset([o]),'set')):
+            with pytest.raises(TypeError, match=f"`{role}_name`='{role}' holds ids like .* expected single values"): loaders(df.assign(**{role: df[role].map(f)}))
+        with pytest.raises(TypeError, match='holds float16'): loaders(df.assign(**{role: df[role].astype('float16')}))
+    for dtype in (decimal,'float32'): assert loaders(df.assign(user=df.user.astype(dtype))).classes['user'].ids.tolist()==loaders(df).classes['user'].ids.tolist()
+
+def test_many_ratings_of_0_are_pointed_at(df):
+    "As in Book-Crossing; not for labels 0 and 1, ratings on both sides of 0, or choices"
+    books = df.assign(rating=df.rating.where(df.index%5<2, 0))
+    with pytest.warns(UserWarning, match=r"`rating_name`='rating' is 0 in 60% of the rows; where 0 stands for 'not rated', leave them out, `df\[df\['rating'\]>0\]`") as ws: loaders(books)
+    assert [w for w in ws if 'is 0 in' in str(w.message)][0].filename==__file__
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*is 0 in')
+        for d,kw in ((books[books.rating>0],{}),(books,dict(rating_name=None)),(books.assign(rating=(books.rating>0)*1.),{}),(books.assign(rating=books.rating.where(books.index!=0, -1)),{}),(df.assign(rating=df.rating.where(df.index%5>0, 0)),{})): loaders(d, **kw)

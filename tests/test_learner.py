@@ -288,3 +288,15 @@ def test_spare_rows_train():
     learn = cf_learner(dls, DotProductBias(dls.n_users+5, dls.n_items+7, 3))
     learn.fit(1)
     with pytest.raises(ValueError, match='made for 35 users, the loaders know 30'): learn.recommend(k=2)
+
+def test_unknown_ids_come_back_as_they_were_asked(df):
+    learn = cf_learner(loaders(df, item_name='item'), n_factors=4)
+    rows = pd.DataFrame(dict(user=[df.user[0],-5,-6,df.user[1]], item=[99_999,df['item'][0],88_888,df['item'][1]]), index=[3,1,3,7])
+    copy = rows.copy()
+    for unk in ('na','mean'):
+        for asked in (rows, list(rows.itertuples(index=False, name=None)), rows.to_dict('list'), rows.astype(dict(user='category'))):
+            out = learn.predict(asked, unk=unk)[0]
+            assert out[['user','item']].to_numpy().tolist()==rows.to_numpy().tolist() and list(out)==['user','item','pred'] and out.pred.notna().all()
+        assert learn.predict(rows, unk=unk)[0].dtypes.tolist()==rows.dtypes.tolist()+['float32']
+    assert learn.predict(('Ann','Jaws'), unk='na')[0].iloc[0,:2].tolist()==['Ann','Jaws']
+    pd.testing.assert_frame_equal(rows, copy)

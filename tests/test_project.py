@@ -42,6 +42,22 @@ def test_star_imports_are_of_fastai_fastcore_cfext():
             if isinstance(node, ast.ImportFrom) and node.names[0].name=='*':
                 assert node.level or node.module.split('.')[0] in ('fastai','fastcore','cfext'), f'{p.name}: {node.module}'
 
+def test_what_modules_import_is_required():
+    "Each package that a module imports as it is imported is a requirement, or a direct one of a requirement; triton may be missing"
+    from configparser import ConfigParser
+    from importlib.metadata import packages_distributions,requires
+    cfg = ConfigParser(interpolation=None)
+    cfg.read(root/'settings.ini')
+    name = lambda r: re.match(r'[\w.-]+', r)[0].lower()
+    own = {name(r) for r in cfg['DEFAULT']['requirements'].split()}
+    given = own | {name(r) for o in own for r in requires(o) or [] if 'extra ==' not in r}
+    dists = packages_distributions()
+    for p in (root/'cfext').glob('*.py'):
+        for node in ast.walk(ast.parse(p.read_text())):
+            mods = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for m in {m.split('.')[0] for m in mods} - sys.stdlib_module_names - {'cfext','triton'}:
+                assert {o.lower() for o in dists.get(m, [m])} & given, f'{p.name} imports {m}, which settings.ini does not require'
+
 def test_no_public_name_of_fastai_is_taken():
     import cfext
     import fastai.collab,fastai.tabular.all,fastai.vision.all,fastai.text.all,fastai.callback.all
