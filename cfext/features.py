@@ -31,9 +31,10 @@ class _Lookup:
         self.names = [n for o in self.cols.values() for n in o.columns]+[f'{a}_{b}_score' for a,b in self.pairs]
 
     def _score(self, codes, a, b):
-        "Dot product and biases of the rows that `codes` names"
+        "Dot product or cosine, and biases, of the rows that `codes` names"
         ta,tb,i,j = self.full[a],self.full[b],codes[a],codes[b]
-        res = np.einsum('nd,nd->n', ta.factors.take(i, 0), tb.factors.take(j, 0))
+        res = np.einsum('nd,nd->n', p := ta.factors.take(i, 0), q := tb.factors.take(j, 0))
+        if ta.space=='cosine': res /= np.maximum(np.linalg.norm(p, axis=1)*np.linalg.norm(q, axis=1), 1e-12)
         return res if ta.bias is None else res+ta.bias.take(i)+tb.bias.take(j)
 
     def _coder(self, t, col, name):

@@ -19,6 +19,8 @@ from sklearn.cluster import KMeans
 
 from .core import *
 from .models import CFModel,DotProduct,emb_tables
+from .negatives import CosineProduct
+from .graph import BuiltFactors
 
 # %% ../nbs/13a_tables.ipynb #ebf0b584
 def _kind(idx):
@@ -34,7 +36,7 @@ class EmbTable:
     factors:np.ndarray # (n+1,d) float32; row 0 stands for a missing value
     bias:np.ndarray=None # (n+1,) float32, or `None`
     counts:np.ndarray=None # (n+1,) training rows of each; by default 1 a category and 0 for the missing
-    space:str=None # tables of one space are multiplied with each other by their model, so they turn together
+    space:str=None # tables of one space are multiplied with each other by their model, so they turn together; 'cosine': of length 1
 
     def __post_init__(self):
         n = len(self.keys)
@@ -122,12 +124,13 @@ def read_embs(
     if len(parts)!=len(names) or not all(parts):
         raise ValueError(f"{type(model).__name__} has no embedding for each of the categorical columns {names}: "
                          "expected `model.embeds`, or `user_factors` and `item_factors`")
-    dot = isinstance(model, (DotProduct,EmbeddingDotBias)) or not (hasattr(model, 'embeds') or isinstance(model, CFModel))
+    dot = isinstance(model, (DotProduct,EmbeddingDotBias,BuiltFactors)) or not (hasattr(model, 'embeds') or isinstance(model, CFModel))
+    space = 'cosine' if isinstance(model, CosineProduct) else 'dot' if dot else None
     res = EmbTables(targets=_y_names(dls))
     for i,(c,ws) in enumerate(zip(names, parts)):
         ws,m = [_np(w) for w in ws],classes[c]
         keys = m.ids if hasattr(m, 'ids') else pd.Index(list(m)[1:])
-        res[c] = EmbTable(keys, ws[0], ws[1].reshape(-1) if len(ws)>1 else None, _row_counts(dls, i, c, len(ws[0])), 'dot' if dot else c)
+        res[c] = EmbTable(keys, ws[0], ws[1].reshape(-1) if len(ws)>1 else None, _row_counts(dls, i, c, len(ws[0])), space or c)
     return res
 
 # %% ../nbs/13a_tables.ipynb #88ba943f
