@@ -199,17 +199,16 @@ def emb_groups(
 def group_dists(
     a:np.ndarray, # (n,d) vectors
     groups:np.ndarray, # (m,) group of each of the first m rows, -1 = in none
-    live:np.ndarray, # (m,) bool, the rows that may shape a centre
+    ref:np.ndarray=None, # (m,d) vectors that the centres are means of; None: those of `a`
 )->np.ndarray: # (n,k) float32 distances
     "Measure the distance of each row to each group's centre, itself left out"
-    k,m = int(groups.max())+1,len(groups)
-    res = np.empty((len(a),k), 'float32')
-    for g in range(k):
-        mine = np.flatnonzero((groups==g)&live)
-        others = mine if len(mine)>1 else np.flatnonzero(live)
-        d = np.sqrt(((a-a[others].mean(0))**2).sum(1))
-        if len(others)>1: d[others] *= len(others)/(len(others)-1)
-        res[:,g] = d
+    ref,res = a[:len(groups)] if ref is None else ref,np.empty((len(a), int(groups.max())+1), 'float32')
+    for g in range(res.shape[1]):
+        mine = np.flatnonzero(groups==g)
+        others = mine if len(mine)>1 else np.flatnonzero(groups>=0)
+        gap = a-(c := ref[others].mean(0))
+        if len(others)>1: gap[others] += (ref[others]-c)/(len(others)-1)
+        res[:,g] = np.sqrt((gap**2).sum(1))
     return res
 
 # %% ../nbs/13a_tables.ipynb #cd3969d6
@@ -220,6 +219,7 @@ def emb_columns(
     name:str, # the column's name
     form:str='aligned', # 'aligned' (factors, bias) or 'free' (bias, norm, distances)
     groups:np.ndarray=None, # (n+1,) group of each row, for 'free'
+    ref:EmbTable=None, # table that the groups' centres are of; None: `t`
 )->pd.DataFrame: # (n+2, n_columns) float32; first row missing, last row unknown
     "Lay out the columns of one embedding"
     check_choice(form, 'form', forms)
@@ -229,5 +229,5 @@ def emb_columns(
     centre,_ = _moments(t.factors[:len(w)], w, t.space in (None,name)) if w.sum() else (0,1)
     cols[f'{name}_norm'] = np.sqrt(((t.factors-centre)**2).sum(1))
     if groups is not None:
-        cols.update({f'{name}_dist{i}': o for i,o in enumerate(group_dists(t.factors, groups, w>0).T)})
+        cols.update({f'{name}_dist{i}': o for i,o in enumerate(group_dists(t.factors, groups, None if ref is None else ref.factors).T)})
     return pd.DataFrame(cols).astype('float32')
