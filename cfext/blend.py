@@ -24,12 +24,20 @@ def _one_pred(name, p, targs):
         if len(miss): raise ValueError(f"member {name!r} has no prediction for {len(miss)} of {len(targs)} rows (first: {plain(miss[0])!r})")
         p = p.reindex(targs.index)
     p = p.detach().cpu().numpy() if hasattr(p, 'detach') else np.asarray(p)
-    p = (p[:,0] if p.ndim==2 and p.shape[1]==1 else p).astype(np.float64)
+    if p.ndim not in (1,2): raise ValueError(f"member {name!r} is of shape {p.shape}; expected (n,) or (n,c)")
+    try: p = (p[:,0] if p.ndim==2 and p.shape[1]==1 else p).astype(np.float64)
+    except (ValueError,TypeError): raise TypeError(f"member {name!r} holds {p.dtype}, expected numbers") from None
     if len(p)!=len(targs): raise ValueError(f"member {name!r} has {len(p)} predictions for {len(targs)} targets; give both as Series to align them by index")
     if np.isnan(p).any():
         bad = np.isnan(p).reshape(len(p), -1).any(1)
         raise ValueError(f"member {name!r} predicts NaN in {int(bad.sum())} of {len(p)} rows (first: row {int(bad.argmax())}); leave it or those rows out")
     return p
+
+def _check_targs(y, n_classes):
+    "Raise unless targets are numbers, and those of classes where predictions are of classes"
+    want = 'numbers' if n_classes is None else f'the numbers of {n_classes} classes, 0 to {n_classes-1}'
+    if y.dtype.kind not in 'biuf': raise ValueError(f"the targets are such as {plain(y[0])!r}; expected {want}")
+    if n_classes is not None and not ((y>=0)&(y<n_classes)&(y==y.astype(int))).all(): raise ValueError(f"the targets run from {y.min():g} to {y.max():g}; expected {want}")
 
 def align_preds(
     preds, # {name: predictions} or a list; each an array, tensor, Series or frame, (n,) or (n,c), or a `Folds`
@@ -46,6 +54,7 @@ def align_preds(
     if not len(y): raise ValueError("there are no rows to blend on")
     if pd.isna(y).any(): raise ValueError(f"{int(pd.isna(y).sum())} of {len(y)} targets are missing")
     if y.dtype==object and isinstance(y[0], Number): y = y.astype(float)
+    _check_targs(y, P[0].shape[1] if P[0].ndim==2 else None)
     return list(preds),P,y
 
 # %% ../nbs/12_blend.ipynb #14d33afa
@@ -78,9 +87,14 @@ _metrics = dict(rmse=_rmse, mae=_mae, ndcg=grouped_ndcg)
 def _metric(metric, groups):
     "A function of predictions, targets and groups from a name or a function of two or three arguments"
     f = _metrics[check_choice(metric, 'metric', _metrics)] if isinstance(metric, str) else metric
+    if not callable(f): raise TypeError(f"`metric`={f!r} should be one of {', '.join(map(repr, _metrics))} or a function of (preds, targs) or (preds, targs, groups)")
     need = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD)]
     if len(need)>2 and groups is None: raise ValueError(f"{getattr(f, '__name__', 'the metric')} ranks rows within groups: pass `groups`, such as the rows' users")
-    res = (lambda p,y,g: float(f(p, y))) if len(need)<3 else lambda p,y,g: float(f(p, y, g))
+    def res(p, y, g):
+        if res.kind and p.ndim==2: raise ValueError(f"{res.kind!r} is for one number a row; these are of {p.shape[1]} classes: pass a function of (preds, targs)")
+        got = f(p, y) if len(need)<3 else f(p, y, g)
+        if np.ndim(got): raise TypeError(f"the metric gives an array of shape {np.shape(got)}, expected a number")
+        return float(got)
     res.kind = metric if isinstance(metric, str) else None
     return res
 
@@ -94,10 +108,12 @@ def check_direction(
     y, # (n,) targets
     groups=None, # (n,) or None
     larger:bool|None=None, # what the caller says; None: ask the metric
+    names:list=(), # the members, for the message
 )->bool: # is a larger score better?
     "Find whether larger is better by scoring the targets themselves, or raise if the caller says otherwise"
     top,got = metric(_perfect(P, y), y, groups),np.array([metric(p, y, groups) for p in P])
-    if not np.isfinite(got).all(): raise ValueError(f"the metric gives {got[~np.isfinite(got)][0]} for member number {int((~np.isfinite(got)).argmax())}")
+    for n,v in zip(names or range(len(P)), got):
+        if not np.isfinite(v): raise ValueError(f"the metric gives {v} for member {n!r}")
     says = {'rmse':False,'mae':False,'ndcg':True}.get(getattr(metric, 'kind', None)) if (got==top).all() else True if (got<=top).all() else False if (got>=top).all() else None
     if larger is None and says is None: raise ValueError("the metric does not tell which direction is better: pass `larger=True` or `larger=False`")
     if None not in (larger,says) and larger!=says:
@@ -196,10 +212,15 @@ class Blend:
         ws = '' if self.weights is None else ' '.join(f'{n} {w:.2f}' for n,w in sorted(self.weights.items(), key=lambda o: -abs(o[1])) if abs(w)>5e-3)
         return f"Blend({ws}; gain {self.gain:.4f} over {self.best!r}, 95% {self.interval[0]:.4f} to {self.interval[1]:.4f})"
 
+def _groups(groups, n):
+    "The groups of `n` rows as an array, or None"
+    if groups is not None and len(groups := np.asarray(groups))!=n: raise ValueError(f"`groups` holds {len(groups)} for {n} rows")
+    return groups
+
 def _check_parts(groups, n, cv):
     "Part number of each row; groups stay together"
     units = _units(n, groups)
-    if check_pos(cv, 'cv', 2)>len(units): raise ValueError(f"`cv`={cv} parts of {len(units)} {'rows' if groups is None else 'groups'}")
+    if check_pos(cv, 'cv', 2)>len(units): raise ValueError(f"`cv`={cv} parts of {len(units)} {'rows' if groups is None else 'groups'}: pass fewer")
     return units
 
 # %% ../nbs/12_blend.ipynb #f1027c96
@@ -234,10 +255,11 @@ def greedy_blend(
 )->Blend:
     "Blend by greedy selection with replacement (Caruana et al. 2004)"
     names,P,y = align_preds(preds, targs)
-    groups = None if groups is None else np.asarray(groups)
+    groups = _groups(groups, len(y))
     metric,rng = _metric(metric, groups),np.random.default_rng(seed)
-    larger = check_direction(metric, P, y, groups, larger)
+    larger = check_direction(metric, P, y, groups, larger, names)
     for v,n in ((n_steps,'n_steps'),(n_bags,'n_bags')): check_pos(v, n)
+    if not 0<bag_pct<=1: raise ValueError(f"`bag_pct`={bag_pct} should be a share above 0 and at most 1")
     def _fit(P, y, g):
         w = _greedy_weights(P, lambda p: (1 if larger else -1)*metric(p, y, g), n_steps, n_bags, bag_pct, rng)
         return (lambda Q: sum(wi*q for wi,q in zip(w, Q) if wi)),w
@@ -267,9 +289,9 @@ def stack(
 )->Blend:
     "Blend by a model that is fitted on the members' predictions (Wolpert 1992)"
     names,P,y = align_preds(preds, targs)
-    groups = None if groups is None else np.asarray(groups)
+    groups = _groups(groups, len(y))
     metric = _metric(metric, groups)
-    larger = check_direction(metric, P, y, groups, larger)
+    larger = check_direction(metric, P, y, groups, larger, names)
     if (y==y[0]).all(): raise ValueError(f"all {len(y)} targets are {plain(y[0])!r}: there is nothing to fit")
     cols = lambda Q: np.concatenate([q.reshape(len(q), -1) for q in Q], 1)
     if P[0].ndim==2 and not hasattr(_stacker(how, seed), 'predict_proba'): raise ValueError(f"predictions of classes need a classifier as `how`, got {how!r}")

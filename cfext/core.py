@@ -7,9 +7,10 @@ __all__ = ['col_words', 'unk_policies', 'check_cols', 'find_col', 'as_frame', 'p
            'check_kinds', 'check_choice', 'check_pos', 'import_extra', 'whole_file', 'in_mode']
 
 # %% ../nbs/00_core.ipynb #4bc0073b
-import importlib,os,tempfile
+import importlib,os
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np,pandas as pd
 from torch import nn
@@ -154,19 +155,17 @@ def whole_file(
     path:str|Path, # where the file should end up; missing folders are made
 ):
     "Yield a temporary `Path` beside `path`, moved to `path` if the block succeeds and removed if it raises"
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
-    os.close(fd)
+    tmp = path.with_name(f'.{uuid4().hex}{path.suffix}')
+    os.close(os.open(tmp, os.O_CREAT|os.O_EXCL, 0o666))
+    mode = (path if path.exists() else tmp).stat().st_mode
     try:
-        yield Path(tmp)
+        yield tmp
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~_umask)
+        os.chmod(tmp, mode & 0o777)
         os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
-
-_umask = os.umask(0)
-os.umask(_umask)
+    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #1189eb6d
 @contextmanager

@@ -305,8 +305,10 @@ def serve_explorer(
         s.close()
         raise ValueError(f"cannot listen on {host}, port {port} ({e}): another program may be using it; name another with --port, or 0 for any that is free") from e
     try:
+        s.listen() # who asks before the server is up waits
         hosts = ('*',) if host in ('0.0.0.0','::') else ('127.0.0.1','localhost',host)
         app = explore_app(Explorer(bundle, data), hosts)
         print(f'http://{host}:{s.getsockname()[1]}/   (Ctrl-C ends it)', flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level='warning')).run(sockets=[s])
+    except KeyboardInterrupt: pass # the way to end it
     finally: s.close()

@@ -18,6 +18,7 @@ from .core import *
 from .sources import *
 from .data import *
 from .models import *
+from .graph import *
 from .losses import *
 from .learner import *
 from .recommend import *
@@ -80,7 +81,10 @@ class Explorer:
         x = torch.cat([d.x for d in (learn.dls.train_ds, learn.dls.valid_ds)]).long()
         self.counts = {r: torch.bincount(x[:,j], minlength=len(ids)+1)[1:].cpu().numpy() for j,(r,ids) in enumerate((('user',self.users), ('item',self.items)))}
         order = {r: np.argsort(-n, kind='stable').tolist() for r,n in self.counts.items()}
-        self._sought = {r: (order[r], [ts[i].casefold() for i in order[r]]) for r,ts in self.titles.items()}
+        sought = lambda t,k: '\n'.join(['',*dict.fromkeys((t.casefold(),k.casefold())),''])
+        self._sought = {r: (order[r], [sought(ts[i], self.keys[r][i]) for i in order[r]]) for r,ts in self.titles.items()}
+        # a dot product of the same scores: reasons and newcomers need tables
+        self.plain = BuiltFactors.without_rows(learn.model) if isinstance(learn.model, BuiltFactors) else learn.model
     def __repr__(self): return f"Explorer: {len(self.users):,} {self.user_name}s, {len(self.items):,} {self.item_name}s, {self.counts['item'].sum():,} rows, {type(self.learn.model).__name__}"
 
 # %% ../nbs/14d_explorer.ipynb #f2f540dc
@@ -101,13 +105,13 @@ def find(self:Explorer,
     text:str, # part of a title or id
     k:int=10, # most answers
 )->list: # rows, from 0, best first
-    "Search users or items by a part of their titles"
-    q,(order,names) = text.strip().casefold(),self._sought[check_choice(role, 'role', ('user','item'))]
+    "Search users or items by a part of their titles or ids"
+    q,(order,texts) = text.strip().casefold(),self._sought[check_choice(role, 'role', ('user','item'))]
     if not q: return []
-    hits = range(len(names))
-    for w in q.split(): hits = [i for i in hits if w in names[i]]
-    starts,inside = [i for i in hits if names[i].startswith(q)],[i for i in hits if ' '+q in names[i]]
-    best = [*[i for i in starts if names[i]==q][:k], *starts[:k], *inside[:k], *hits[:k]]
+    hits = range(len(texts))
+    for w in q.split(): hits = [i for i in hits if w in texts[i]]
+    starts,inside = ([i for i in hits if c+q in texts[i]] for c in '\n ')
+    best = [*[i for i in starts if f'\n{q}\n' in texts[i]][:k], *starts[:k], *inside[:k], *hits[:k]]
     return [order[i] for i in list(dict.fromkeys(best))[:k]]
 
 # %% ../nbs/14d_explorer.ipynb #a77cba5d
@@ -119,7 +123,7 @@ def alone(self:Explorer,
     dls = self.learn.dls
     dss = [ds.subset((ds.x[:,0]==u+1).nonzero()[:,0]) for ds in (dls.train_ds, dls.valid_ds)]
     res = CFDataLoaders(*(ResidentDL(ds, bs=dls.train.bs, device=dls.device) for ds in dss), device=dls.device)
-    return CFLearner(res, self.learn.model, loss_func=self.learn.loss_func)
+    return CFLearner(res, self.plain, loss_func=self.learn.loss_func)
 
 @patch
 def history(self:Explorer,
@@ -173,10 +177,11 @@ def newcomer(self:Explorer,
     ranks = isinstance(self.learn.loss_func, RankingLoss) # its rows are found by steps, without a prior of ratings
     if not ranks and not hasattr(self, '_prior'):
         ds = self.learn.dls.train_ds
-        self._prior = RowPrior(self.learn.model, ds.subset(torch.arange(0, len(ds), max(1, len(ds)//1_000_000), device=ds.x.device)))
+        self._prior = RowPrior(self.plain, ds.subset(torch.arange(0, len(ds), max(1, len(ds)//1_000_000), device=ds.x.device)))
         lo,hi = self.learn.model.y_range or (0., 5.)
         if not len(ds): self._prior.noise = torch.tensor(((hi-lo)/5)**2, device=self._prior.mean.device)
     who = 'new user' if self.users.dtype==object or not pd.api.types.is_numeric_dtype(self.users) else int(self.users.max())+1
+    if who!='new user' and who>np.iinfo(np.int64).max: who = next(i for i in range(len(self.users)+1) if i not in self.users)
     df = pd.DataFrame({self.user_name:who, self.item_name:self.items.take(list(ratings)), self.learn.dls.train_ds.rating_name or 'rating':list(ratings.values())})
     return self.alone(-2).fold_in(df, prior=None if ranks else self._prior),who
 

@@ -22,18 +22,19 @@ from .tables import *
 # %% ../nbs/13b_features.ipynb #90adc146
 class _Lookup:
     "Columns of a set of tables, ready to be filled in for rows"
-    def __init__(self, tables, form, unk, groups):
+    def __init__(self, tables, form, unk, groups, ref=()):
         self.tables,self.unk = tables,unk
         self.full = {c: t.with_unk(unk) for c,t in tables.items()}
-        self.cols = {c: emb_columns(t, c, form, groups.get(c)) for c,t in self.full.items()}
+        self.cols = {c: emb_columns(t, c, form, groups.get(c), dict(ref).get(c)) for c,t in self.full.items()}
         self.mats = {c: np.ascontiguousarray(o.to_numpy()) for c,o in self.cols.items()}
         self.pairs = [cs for cs in emb_spaces(tables) if len(cs)==2]
         self.names = [n for o in self.cols.values() for n in o.columns]+[f'{a}_{b}_score' for a,b in self.pairs]
 
     def _score(self, codes, a, b):
-        "Dot product and biases of the rows that `codes` names"
+        "Dot product or cosine, and biases, of the rows that `codes` names"
         ta,tb,i,j = self.full[a],self.full[b],codes[a],codes[b]
-        res = np.einsum('nd,nd->n', ta.factors.take(i, 0), tb.factors.take(j, 0))
+        res = np.einsum('nd,nd->n', p := ta.factors.take(i, 0), q := tb.factors.take(j, 0))
+        if ta.space=='cosine': res /= np.maximum(np.linalg.norm(p, axis=1)*np.linalg.norm(q, axis=1), 1e-12)
         return res if ta.bias is None else res+ta.bias.take(i)+tb.bias.take(j)
 
     def _coder(self, t, col, name):
@@ -276,7 +277,7 @@ def _fit_transform(self:EmbeddingFeatures, X, y):
         tables,a = align_tables({c: tables[c] for c in self.tables_}, self.tables_)
         agree.append(a)
         unk = 'mean' if self.unk=='raise' else self.unk
-        _Lookup(tables, self.form, unk, self.groups_)._fill(X.iloc[tst], block, np.asarray(tst))
+        _Lookup(tables, self.form, unk, self.groups_, self.tables_)._fill(X.iloc[tst], block, np.asarray(tst))
     self.agreement_ = pd.DataFrame(agree).rename_axis('fold')
     return self._finish(X, block, named)
 

@@ -20,6 +20,8 @@ from sklearn.cluster import KMeans
 
 from .core import *
 from .models import CFModel,DotProduct,emb_tables
+from .negatives import CosineProduct
+from .graph import BuiltFactors
 
 # %% ../nbs/13a_tables.ipynb #ebf0b584
 def _kind(idx):
@@ -35,7 +37,7 @@ class EmbTable:
     factors:np.ndarray # (n+1,d) float32; row 0 stands for a missing value
     bias:np.ndarray=None # (n+1,) float32, or `None`
     counts:np.ndarray=None # (n+1,) training rows of each; by default 1 a category and 0 for the missing
-    space:str=None # tables of one space are multiplied with each other by their model, so they turn together
+    space:str=None # tables of one space are multiplied with each other by their model, so they turn together; 'cosine': of length 1
 
     def __post_init__(self):
         n = len(self.keys)
@@ -125,12 +127,13 @@ def read_embs(
     if len(parts)!=len(names) or not all(parts):
         raise ValueError(f"{type(model).__name__} has no embedding for each of the categorical columns {names}: "
                          "expected `model.embeds`, or `user_factors` and `item_factors`")
-    dot = isinstance(model, (DotProduct,EmbeddingDotBias)) or not (hasattr(model, 'embeds') or isinstance(model, CFModel))
+    dot = isinstance(model, (DotProduct,EmbeddingDotBias,BuiltFactors)) or not (hasattr(model, 'embeds') or isinstance(model, CFModel))
+    space = 'cosine' if isinstance(model, CosineProduct) else 'dot' if dot else None
     res = EmbTables(targets=_y_names(dls))
     for i,(c,ws) in enumerate(zip(names, parts)):
         ws,m = [_np(w) for w in ws],classes[c]
         keys = m.ids if hasattr(m, 'ids') else pd.Index(list(m)[1:])
-        res[c] = EmbTable(keys, ws[0], ws[1].reshape(-1) if len(ws)>1 else None, _row_counts(dls, i, c, len(ws[0])), 'dot' if dot else c)
+        res[c] = EmbTable(keys, ws[0], ws[1].reshape(-1) if len(ws)>1 else None, _row_counts(dls, i, c, len(ws[0])), space or c)
     return res
 
 # %% ../nbs/13a_tables.ipynb #88ba943f
@@ -199,17 +202,16 @@ def emb_groups(
 def group_dists(
     a:np.ndarray, # (n,d) vectors
     groups:np.ndarray, # (m,) group of each of the first m rows, -1 = in none
-    live:np.ndarray, # (m,) bool, the rows that may shape a centre
+    ref:np.ndarray=None, # (m,d) vectors that the centres are means of; None: those of `a`
 )->np.ndarray: # (n,k) float32 distances
     "Measure the distance of each row to each group's centre, itself left out"
-    k,m = int(groups.max())+1,len(groups)
-    res = np.empty((len(a),k), 'float32')
-    for g in range(k):
-        mine = np.flatnonzero((groups==g)&live)
-        others = mine if len(mine)>1 else np.flatnonzero(live)
-        d = np.sqrt(((a-a[others].mean(0))**2).sum(1))
-        if len(others)>1: d[others] *= len(others)/(len(others)-1)
-        res[:,g] = d
+    ref,res = a[:len(groups)] if ref is None else ref,np.empty((len(a), int(groups.max())+1), 'float32')
+    for g in range(res.shape[1]):
+        mine = np.flatnonzero(groups==g)
+        others = mine if len(mine)>1 else np.flatnonzero(groups>=0)
+        gap = a-(c := ref[others].mean(0))
+        if len(others)>1: gap[others] += (ref[others]-c)/(len(others)-1)
+        res[:,g] = np.sqrt((gap**2).sum(1))
     return res
 
 # %% ../nbs/13a_tables.ipynb #cd3969d6
@@ -220,6 +222,7 @@ def emb_columns(
     name:str, # the column's name
     form:str='aligned', # 'aligned' (factors, bias) or 'free' (bias, norm, distances)
     groups:np.ndarray=None, # (n+1,) group of each row, for 'free'
+    ref:EmbTable=None, # table that the groups' centres are of; None: `t`
 )->pd.DataFrame: # (n+2, n_columns) float32; first row missing, last row unknown
     "Lay out the columns of one embedding"
     check_choice(form, 'form', forms)
@@ -229,5 +232,5 @@ def emb_columns(
     centre,_ = _moments(t.factors[:len(w)], w, t.space in (None,name)) if w.sum() else (0,1)
     cols[f'{name}_norm'] = np.sqrt(((t.factors-centre)**2).sum(1))
     if groups is not None:
-        cols.update({f'{name}_dist{i}': o for i,o in enumerate(group_dists(t.factors, groups, w>0).T)})
+        cols.update({f'{name}_dist{i}': o for i,o in enumerate(group_dists(t.factors, groups, None if ref is None else ref.factors).T)})
     return pd.DataFrame(cols).astype('float32')

@@ -6,6 +6,7 @@ import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from cfext import *
 from cfext import bundle as B
+from cfext.core import whole_file
 from conftest import root
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -166,6 +167,34 @@ def test_a_bundle_that_lacks_a_file_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(B, '_manifest', lambda p: calls.append(p) or real(p))
     with pytest.raises(BundleError, match='is missing'): load_bundle(tmp_path)
     assert len(calls)==1
+
+def write(path, text='new'):
+    with whole_file(path) as f: f.write_text(text)
+    return path
+
+def test_whole_files_of_long_names(tmp_path):
+    for name in ('x'*251+'.csv', '\u00fc'*125+'.csv', 'no_suffix'*28): assert write(tmp_path/name).read_text()=='new'
+    assert len(list(tmp_path.iterdir()))==3
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path/'there').mkdir()
+    for target,link in ((tmp_path/'there'/'a.txt', tmp_path/'a.txt'), (tmp_path/'there'/'not yet.txt', tmp_path/'b.txt')):
+        if target.name=='a.txt': target.write_text('old')
+        link.symlink_to(target)
+        write(link)
+        assert link.is_symlink() and target.read_text()=='new'
+    (tmp_path/'linked').symlink_to(tmp_path/'there')
+    write(tmp_path/'linked'/'c.txt')
+    assert (tmp_path/'linked').is_symlink() and {o.name for o in (tmp_path/'there').iterdir()}=={'a.txt','not yet.txt','c.txt'}
+
+@pytest.mark.parametrize('umask,old,want', [(0o022,None,0o644), (0o077,None,0o600), (0o077,0o644,0o644), (0o022,0o600,0o600), (0o022,0o664,0o664)])
+def test_permissions_are_those_there_were_or_the_processs_own(tmp_path, umask, old, want):
+    f = tmp_path/'f.txt'
+    if old is not None: (f.write_text('old'), f.chmod(old))
+    was = os.umask(umask)
+    try: write(f)
+    finally: os.umask(was)
+    assert f.stat().st_mode&0o777==want
 
 def test_spoiled_bundles(tmp_path):
     learn = make()

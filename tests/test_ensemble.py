@@ -148,6 +148,22 @@ def test_rows_in_another_order_are_aligned():
     a,b = greedy_blend(dict(p=p, q=q), y, n_boot=3),greedy_blend(dict(p=p.sample(frac=1, random_state=1), q=q[::-1]), y, n_boot=3)
     assert a.weights==b.weights and a.gain==b.gain
 
+def test_blends_say_what_was_wrong():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=40)
+    P,C,acc = {n: y+rng.normal(size=40) for n in 'ab'},[rng.random((40,3)) for _ in range(2)],lambda p,y: (p.argmax(1)==y).mean()
+    cases = [("targets are such as 'a'; expected numbers", lambda f: f(P, np.array(['a','b']*20))), ('targets run from 0 to 39; expected the numbers of 3 classes, 0 to 2', lambda f: f(C, np.arange(40), metric=acc)),
+             ("targets are such as 'x'; expected the numbers of 3 classes", lambda f: f(C, np.array(['x','y']*20), metric=acc)), ("'rmse' is for one number a row; these are of 3 classes: pass a function", lambda f: f(C, np.arange(40)%3)),
+             ('`cv`=5 parts of 3 rows: pass fewer', lambda f: f({n:p[:3] for n,p in P.items()}, y[:3])), ('`groups` holds 3 for 40 rows', lambda f: f(P, y, metric='ndcg', groups=np.arange(3))),
+             ("the metric gives inf for member 'b'", lambda f: f({**P, 'b':np.where(y>0, np.inf, y)}, y)), (r'the metric gives an array of shape \(40,\), expected a number', lambda f: f(P, y, metric=lambda p,y: (p-y)**2)),
+             ("`metric`=3 should be one of 'rmse', 'mae', 'ndcg' or a function", lambda f: f(P, y, metric=3)), ("member 'm1' holds object, expected numbers", lambda f: f([P['a'],np.array(['x']*40, dtype=object)], y)),
+             (r"member 'm0' is of shape \(40, 2, 2\); expected \(n,\) or \(n,c\)", lambda f: f([rng.random((40,2,2))]*2, y)), (r"member 'm0' is of shape \(\)", lambda f: f([1.,2.], y))]
+    for msg,call in cases:
+        for f in (greedy_blend,stack):
+            with pytest.raises((ValueError,TypeError), match=msg): call(f)
+    for pct in (3,-1,0):
+        with pytest.raises(ValueError, match=f'`bag_pct`={pct} should be'): greedy_blend(P, y, n_bags=3, bag_pct=pct)
+
 def test_metric_of_the_wrong_direction():
     y = np.arange(9.)
     with pytest.raises(ValueError, match='pass `larger=False`'): greedy_blend([y+1, y*2], y, 'mae', larger=True)

@@ -1,7 +1,8 @@
 "The explorer: its answers, its bad input, and its pages in a browser"
-import hashlib,json,re,socket,subprocess,sys,threading,time
+import hashlib,json,re,signal,socket,subprocess,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np,pandas as pd,pytest,torch
 from browser import faults,open_browser
@@ -70,15 +71,20 @@ def test_answers_are_those_of_the_learner(bundle):
     assert not {2,7,10} & {o['item'] for o in got}
 
 def test_find_is_that_of_a_naive_search(bundle):
-    "The title itself, then beginnings, then beginnings of words, then any place; the more rated first"
+    "The title or id itself, then beginnings, then beginnings of words, then any place; the more rated first"
     ex = Explorer(bundle[0])
     for role in ('item','user'):
-        names,n = [t.casefold() for t in ex.titles[role]],ex.counts[role]
+        names,ids,n = [t.casefold() for t in ex.titles[role]],[t.casefold() for t in ex.keys[role]],ex.counts[role]
         for q in ('the ','o','long long','1','33','garden','the o','e (19','مدينة','<SCRIPT>','nothing of the kind',' ',''):
             want,t = [],q.strip().casefold()
             for i in sorted(range(len(names)), key=lambda i: -n[i]):
-                if t and all(w in names[i] for w in t.split()): want.append(((names[i]!=t, not names[i].startswith(t), ' '+t not in names[i]), i))
+                if t and all(w in names[i] or w in ids[i] for w in t.split()):
+                    want.append(((t not in (names[i],ids[i]), not (names[i].startswith(t) or ids[i].startswith(t)), ' '+t not in names[i]), i))
             for k in (1,3,50): assert ex.find(role, q, k)==[i for _,i in sorted(want, key=lambda o: o[0])][:k], (role, q, k)
+
+def test_find_by_id(bundle):
+    ex = Explorer(bundle[0])
+    assert [ex.keys['item'][i] for i in ex.find('item', '33', 1)]==['33'] and '33' not in ex.titles['item'][ex.find('item', '33', 1)[0]]
 
 def test_why_names_what_was_liked(bundle):
     ex = Explorer(bundle[0])
@@ -130,6 +136,29 @@ def test_a_new_user_of_a_model_of_lists(tmp_path, model, loss, quiet):
     assert place(one, a, 0)<place(two, b, 0) and place(two, b, 4)<place(one, a, 4)
     assert all(torch.equal(p, q) for p,q in zip(before, ex.learn.model.parameters()))
 
+@pytest.mark.parametrize('model', [LightGCN,SideProduct])
+def test_models_whose_factors_are_computed(tmp_path, model, quiet):
+    df = synth_ratings(60, 40, 1200)
+    config = dict(items=df.drop_duplicates('title')[['title','genre']]) if model is SideProduct else {}
+    learn = cf_learner(CFDataLoaders.from_df(df, item_name='title', seed=1, device='cpu'), model, n_factors=6, y_range=(.5,5.5), seed=1, config=config)
+    learn.fit(3, 0.02)
+    ex = Explorer(learn.save_bundle(tmp_path))
+    for u in ('/user?id=7','/new?r=0:5&r=9:1.5','/map'): assert TestClient(explore_app(ex), base_url='http://localhost').get(u).status_code==200
+    assert [o['title'] for o in ex.lists(ex.alone(6), 7, 5)]==learn.recommend(7, k=5).title.tolist()
+    assert any(o['why'] for o in ex.lists(ex.alone(6), 7, 10))
+    rows = pd.DataFrame(dict(user=61, title=ex.items[[0,9]], rating=[5.,1.5]))
+    got = [o['score'] for o in ex.lists(*ex.newcomer({0:5., 9:1.5}), 6)]
+    np.testing.assert_allclose(got, learn.fold_in(rows).recommend(61, k=6).score, rtol=1e-4)
+
+@pytest.mark.parametrize('top', [2**63-1, 2**64-1])
+def test_a_new_user_beside_the_largest_id(top, quiet):
+    df = synth_ratings(60, 40, 1200)
+    df = df.assign(user=df.user.astype('uint64' if top>=2**63 else 'int64').where(df.user<60, top))
+    ex = Explorer(cf_learner(CFDataLoaders.from_df(df, seed=1, device='cpu'), n_factors=4, seed=1))
+    new,who = ex.newcomer({2:5., 7:1.})
+    assert who not in ex.users and len(ex.lists(new, who, 5))==5
+    assert TestClient(explore_app(ex), base_url='http://localhost').get(f'/user?id={top}').status_code==200
+
 def test_long_titles_are_cut_where_they_are_reasons(client):
     r = client.get('/new?r=2:5')
     whys = re.findall('class="why">.*?</small>', r.text, re.S)
@@ -171,6 +200,17 @@ def test_a_port_in_use(bundle, capsys):
         s.listen()
         assert main(['explore', str(bundle[0]), '--port', str(s.getsockname()[1])])==2
     assert 'name another with --port' in capsys.readouterr().err
+
+def test_the_address_answers_once_it_is_said_and_an_interrupt_ends_it(bundle, tmp_path):
+    with open(tmp_path/'err', 'w') as err:
+        p = subprocess.Popen([sys.executable, '-c', 'import sys; from cfext.cli import main; sys.exit(main())', 'explore', str(bundle[0]), '--port', '0'],
+                             stdout=subprocess.PIPE, stderr=err, text=True, cwd=root)
+        try:
+            address = p.stdout.readline().split()[0]
+            with urlopen(address, timeout=60) as r: assert r.status==200
+        finally: p.send_signal(signal.SIGINT)
+        assert p.wait(60)==0
+    assert 'Traceback' not in (tmp_path/'err').read_text()
 
 @contextmanager
 def running(path):
