@@ -235,7 +235,7 @@ def _times(df, time_name):
     col = df[find_col(df, time_name, 'time')]
     if getattr(col.dtype, 'ordered', False): t = col.cat.codes.where(col.notna())
     else:
-        t = col.astype(col.cat.categories.dtype) if isinstance(col.dtype, pd.CategoricalDtype) else col
+        t = col.astype(object).infer_objects() if isinstance(col.dtype, pd.CategoricalDtype) else col
         if pd.api.types.infer_dtype(t) in ('string','bytes','mixed','mixed-integer'): t = _text_times(t)
     if t.isna().any(): raise ValueError(f"`time_name`={col.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
     return t

@@ -333,6 +333,9 @@ def test_text_is_no_order_of_time(df):
               pd.Series(pd.Categorical(days.dt.strftime('%d/%m/%Y %H'), days.dt.strftime('%d/%m/%Y %H'), ordered=True))): assert held(t)[1]==want[1]
     for gap in (None,'',np.nan):
         with pytest.raises(ValueError, match='3 rows have no time'): TimeSplitter()(df.assign(timestamp=days.dt.strftime('%Y-%m-%d').astype(object).where(df.index>2, gap)))
+    for t in (df.timestamp, days, days.dt.strftime('%Y-%m-%d')):
+        for ordered in (False,True):
+            with pytest.raises(ValueError, match='3 rows have no time'): TimeSplitter()(df.assign(timestamp=pd.Categorical([None]*3+t[3:].tolist(), ordered=ordered)))
 
 def test_a_column_of_a_file_has_one_type(df, tmp_path):
     "However late a letter comes; an id with leading zeros is text, another id than the number, wherever it is read"
