@@ -33,7 +33,7 @@ def check_cols(
 col_words = dict(
     user=('user','userid','uid','customer','customerid','member','memberid','reader','readerid','visitorid'),
     item=('item','itemid','iid','movie','movieid','product','productid','book','bookid','article','articleid','asin','isbn','sku'),
-    rating=('rating','ratings','score','stars','overall'),
+    rating=('rating','ratings','score','stars','overall','bookrating'),
     time=('timestamp','time','date','datetime','unixreviewtime'))
 
 def find_col(
@@ -43,7 +43,7 @@ def find_col(
 )->str: # the column's name in `df`
     "Return `name` if it is a column; else, for a default word, the first column with a usual spelling of `role`"
     if name not in df.columns and name in (role, col_words[role][0]):
-        name = next((c for c in df.columns if isinstance(c, str) and c.lower().replace('_','').replace(' ','') in col_words[role]), name)
+        name = next((c for c in df.columns if isinstance(c, str) and ''.join(filter(str.isalnum, c.lower())) in col_words[role]), name)
     check_cols(df, **{f'{role}_name': name})
     return name
 
