@@ -159,14 +159,18 @@ class StepGraph:
 @contextmanager
 def _recording(graph, params=(), gens=(), **kwargs):
     "Capture what a block does as `graph`; where that fails, put back the stream, the random numbers and the gradients, which PyTorch leaves as in a capture"
-    cur = torch.cuda.current_stream()
+    cur,own = torch.cuda.current_stream(),None
     try:
-        with _no_search(),torch.cuda.graph(graph, **kwargs): yield
-    except BaseException:
+        with _no_search(),torch.cuda.graph(graph, **kwargs):
+            try: yield
+            except BaseException as e:
+                own = e
+                raise
+    except BaseException as e:
         torch.cuda.set_stream(cur)
         for g in (torch.cuda.default_generators[torch.cuda.current_device()], *gens): g.graphsafe_set_state(g.clone_state())
         for p in params: p.grad = None
-        raise
+        raise own or e # not what ending the capture makes of it
 
 @patch
 def signature(self:StepGraph):

@@ -285,8 +285,7 @@ def load(self:KernelSteps,
 ):
     "Lay down an epoch's rows and numbers"
     self.nums.copy_(nums)
-    self.losses.zero_()
-    self.at.zero_()
+    torch._foreach_zero_([self.losses, self.at, *self.grads]) # a step that something ended may have left gradients
     self.waiting.clear()
     self.done = 0
     for k,blocks in enumerate(models):

@@ -23,7 +23,7 @@ def test_in_an_interpreter():
     "This file again, and the page of the kernels, where Triton interprets its programs from the beginning"
     env = {**os.environ, 'TRITON_INTERPRET':'1'}
     res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', str(here)], env=env, cwd=here.parent.parent, capture_output=True, text=True)
-    assert res.returncode==0 and '31 passed' in res.stdout, res.stdout[-3000:]+res.stderr[-1000:]
+    assert res.returncode==0 and '32 passed' in res.stdout, res.stdout[-3000:]+res.stderr[-1000:]
     page = f"from nbdev.test import test_nb; import triton.language as tl; assert type(tl.sum).__name__=='InterpretedFunction'; raise SystemExit(not test_nb({str(here.parent.parent/'nbs'/'05d_kernels.ipynb')!r})[0])"
     res = subprocess.run([sys.executable, '-c', page], env=env, cwd=here.parent.parent, capture_output=True, text=True)
     assert res.returncode==0, res.stdout[-3000:]+res.stderr[-1000:]
@@ -174,7 +174,30 @@ def test_steps_of_any_model(opt_func, by_kernel, monkeypatch):
     ref,new = fitted(),fitted(apply=K.apply_adam)
     assert len(launched)==by_kernel*2*len(new.dls.train)
     torch.testing.assert_close(*(torch.stack([o.as_subclass(torch.Tensor).cpu() for o in l.recorder.losses]) for l in (new,ref)), rtol=1e-5, atol=1e-6)
-    for p,q in zip(new.model.parameters(), ref.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    tol = dict(rtol=1e-3, atol=1e-5) if cuda else dict(rtol=1e-5, atol=1e-6)
+    for p,q in zip(new.model.parameters(), ref.model.parameters()): torch.testing.assert_close(p, q, **tol)
+
+@runs
+def test_gradients_that_an_interrupted_step_has_left_are_not_the_next_one_s(monkeypatch):
+    import cfext.kernels as K
+    class Broken:
+        def __getitem__(self, grid): raise KeyboardInterrupt
+    def how(l):
+        l.create_opt()
+        assert K.kernel_ready(str(l.dls.device)) is None # tried before they break
+        with monkeypatch.context() as m:
+            m.setattr(K, '_adam_kernel', Broken())
+            with pytest.raises(KeyboardInterrupt): l.fit(1, 0.01, reset_opt=False)
+        assert any(g.any() for g in K._kept[l.model].grads)
+        torch.manual_seed(3)
+        l.dls.train._seeds.manual_seed(5)
+        l.fit(1, 0.01, reset_opt=False)
+    def ref(l):
+        l.create_opt()
+        torch.manual_seed(3)
+        l.dls.train._seeds.manual_seed(5)
+        l.fit(1, 0.01, reset_opt=False)
+    for p,q in zip(fit(True, how=how).model.parameters(), fit(False, how=ref).model.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 @runs
 def test_steps_are_kept_while_nothing_moves():

@@ -521,7 +521,9 @@ def test_a_recording_that_fails_is_put_back(monkeypatch):
         def clone_state(self): return self,'fresh'
         def graphsafe_set_state(self, o): put.append(o)
     @contextmanager
-    def graph(g, **kwargs): yield
+    def graph(g, **kwargs):
+        try: yield
+        except BaseException as e: raise RuntimeError("operation failed due to a previous error during capture") from e
     put,gens,p = [],(Gen(),Gen()),torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     for n,f in dict(graph=graph, current_stream=lambda: 'outer', set_stream=put.append, current_device=lambda: 0, default_generators=gens[:1]).items(): monkeypatch.setattr(torch.cuda, n, f)
@@ -529,6 +531,7 @@ def test_a_recording_that_fails_is_put_back(monkeypatch):
     assert put==[] and p.grad is not None
     for err in (RuntimeError("operation not permitted when stream is capturing"), KeyboardInterrupt()):
         p.grad,put[:] = torch.ones(2),[]
-        with pytest.raises(type(err)):
+        with pytest.raises(type(err)) as told:
             with _recording(None, [p], gens[1:]): raise err
+        assert told.value is err, 'not what ending the capture makes of it'
         assert put==['outer', *((g,'fresh') for g in gens)] and p.grad is None
