@@ -321,6 +321,41 @@ def test_is_recorded():
     learn = fit(True, per=3)
     assert len(_kept[learn.model].graphs)==2 and all(_kept[learn.model].graphs.values())
 
+others = dict(nn=lambda: dict(model='nn', config=dict(layers=[13], use_bn=False), y_range=(0.5,5.5)), bn=lambda: dict(model='nn', y_range=(0.5,5.5)), bpr=lambda: dict(loss_func=BPRLoss(), cbs=Negatives(seed=4)))
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not cuda, reason='needs a GPU')
+@pytest.mark.parametrize('case', others)
+def test_other_models_are_recorded_with_the_kernel_of_adam(case, monkeypatch):
+    "As a learner on a GPU runs them, against steps called one by one; after fastai's loop, and after a recording that failed, too"
+    import cfext.kernels as K
+    from cfext.capture import _recording
+    applied,recorded,apply = [],[],K.apply_adam
+    monkeypatch.setattr(K, 'apply_adam', lambda *args: applied.append(1) or apply(*args))
+    class Look(Callback):
+        def after_train(self): recorded.append(getattr(getattr(self.learn, '_step_graph', None), 'graph', None) is not None)
+    class Called(CFLearner):
+        def _fast_epoch(self): lean_epoch(self)
+    def made():
+        dls = CFDataLoaders.from_df(df, item_name='title', seed=42, bs=32, device='cuda' if cuda else 'cpu')
+        return cf_learner(dls, **{'n_factors':5, **others[case]()}, seed=1, unk_p=0)
+    def fitted(learn):
+        torch.manual_seed(3)
+        with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 0.02, wd=0.1, cbs=Look())
+        return torch.stack([o.as_subclass(torch.Tensor).cpu() for o in learn.recorder.losses])
+    new,ref = made(),made()
+    ref.__class__ = Called
+    torch.testing.assert_close(fitted(new), fitted(ref), rtol=2e-2 if case=='bn' else 1e-3, atol=1e-4) # a bias before a batch normalisation has rounding errors for a gradient
+    assert recorded==[True,True,False,False] and applied
+    new.fast = False
+    fitted(new)
+    new.fast,p = None,next(new.model.parameters())
+    with pytest.raises(RuntimeError, match='captur'):
+        with _recording(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()): p.sum().item()
+    torch.cuda.empty_cache()
+    recorded.clear()
+    assert fitted(new).isfinite().all() and recorded==[True,True]
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not cuda, reason='needs a GPU')
 def test_many_are_recorded(monkeypatch):
