@@ -152,6 +152,7 @@ def test_compiles_once_for_tables_of_all_sizes(monkeypatch):
         ts = lambda: [torch.zeros(*s) for s in ((n_users,50),(n_items,50),(n_users,1),(n_items,1))]
         K.KernelSteps(ts(), ts(), ts(), [0]*4, [1]*4, bs, n*bs, n).launch(0, bs)
     for ks in keys.values(): assert len(ks)==3 and ks[0]==ks[1]==ks[2]
+    assert 'wrong here' in K.kernel_ready.__wrapped__('cpu') and keys['_adam_kernel'][3]==keys['_adam_kernel'][0], 'what was tried is what a learner takes'
 
 @runs
 @pytest.mark.parametrize('opt_func,by_kernel', [(Adam,2), (partial(Adam, decouple_wd=False),2), (partial(SGD, mom=0.9),0), (RMSProp,0)])
