@@ -105,11 +105,9 @@ def synth(n_rows, n_users=138_493, n_items=26_744, seed=0):
 
 def ml100k(args):
     df = read_ratings(data_dir('ml-100k'))[['user','item','rating']]
-    res = {}
     for bs in (64,1024):
         print(f'ML-100K, bs {bs}')
-        res[f'ML-100K, bs {bs}'] = side_by_side({'fastai':fastai_epoch(df, bs), 'plain PyTorch':plain_epoch(df, bs), 'cfext':cf_epoch(df, bs)}, args.repeats)
-    return res
+        yield {f'ML-100K, bs {bs}': side_by_side({'fastai':fastai_epoch(df, bs), 'plain PyTorch':plain_epoch(df, bs), 'cfext':cf_epoch(df, bs)}, args.repeats)}
 
 def copy_bandwidth(gib=4):
     "GiB/s read and written by a copy on the device"
@@ -122,8 +120,8 @@ def copy_bandwidth(gib=4):
     return 2*10*gib/(time.perf_counter()-t)
 
 def big(args):
-    if not cuda: return {}
-    df,res = synth(20_000_000),{}
+    if not cuda: return
+    df = synth(20_000_000)
     for bs in (8192,65536):
         print(f'20M rows, bs {bs}')
         torch.cuda.reset_peak_memory_stats()
@@ -134,9 +132,8 @@ def big(args):
         ps,ds = list(ours.learn.model.parameters()),ours.learn.dls.train_ds
         n_bytes = sum(p.numel() for p in ps)*4
         moved = len(ours.learn.dls.train)*(8*n_bytes+bs*50*4*8) # gradient written; weights, gradient and averages read; weights and averages written; factors of the batch
-        res[f'20M rows, bs {bs}'] = dict(**r, peak_mib=round(peak/2**20), data_mib=round(sum(o.numel()*o.element_size() for d in (ds, ours.learn.dls.valid_ds) for o in (d.x,d.y))/2**20),
-            states_mib=round(4*n_bytes/2**20), copy_gib_s=round(copy_bandwidth()), share_of_copy_bandwidth=round(moved/2**30/r['seconds']['cfext']/copy_bandwidth(), 3))
-    return res
+        yield {f'20M rows, bs {bs}': dict(**r, peak_mib=round(peak/2**20), data_mib=round(sum(o.numel()*o.element_size() for d in (ds, ours.learn.dls.valid_ds) for o in (d.x,d.y))/2**20),
+            states_mib=round(4*n_bytes/2**20), copy_gib_s=round(copy_bandwidth()), share_of_copy_bandwidth=round(moved/2**30/r['seconds']['cfext']/copy_bandwidth(), 3))}
 
 def growth(args):
     "Seconds an epoch and microseconds a step of cfext, one thing growing at a time; `times` says how many epochs were timed, after a warm one if more than one"
@@ -150,20 +147,22 @@ def growth(args):
         df = synth(n, 10_000, c)
         df['item'] = np.random.default_rng(1).integers(0, c, n, dtype=np.int32)
         return df
-    res = {'catalogue': {c: one(all_items(c), n_items=c, times=3 if cuda or c<10**7 else 1) for c in (10**3,10**4,10**5,10**6,10**7)},
-           'factors': {f: one(synth(n, 100_000, 20_000), n_factors=f) for f in (8,16,32,64,128,256)},
-           'rows': {r: one(synth(r, 100_000, 20_000), times=3 if cuda or r<10**8 else 1) for r in (10**5,10**6,10**7,10**8)}}
-    for k,v in res.items(): print(k, v, flush=True)
-    return {'growth':res}
+    grown = {'catalogue': ((10**3,10**4,10**5,10**6,10**7), lambda c: one(all_items(c), n_items=c, times=3 if cuda or c<10**7 else 1)),
+             'factors': ((8,16,32,64,128,256), lambda f: one(synth(n, 100_000, 20_000), n_factors=f)),
+             'rows': ((10**5,10**6,10**7,10**8), lambda r: one(synth(r, 100_000, 20_000), times=3 if cuda or r<10**8 else 1))}
+    res = {}
+    for k,(sizes,f) in grown.items():
+        res[k] = {s: f(s) for s in sizes}
+        print(k, res[k], flush=True)
+        yield {'growth':res}
 
 def stream(args):
     "What it costs that rows stay in host memory and are sent a block ahead"
-    n,res = 20_000_000 if cuda else 1_000_000,{}
+    n = 20_000_000 if cuda else 1_000_000
     df = synth(n)
     for bs in (8192,65536):
         print(f'{n:,} rows, bs {bs}, rows on the device and in host memory')
-        res[f'{n/1e6:g}M rows in host memory, bs {bs}'] = side_by_side({'streamed':cf_epoch(df, bs, resident=False), 'resident':cf_epoch(df, bs, resident=True)}, args.repeats)
-    return res
+        yield {f'{n/1e6:g}M rows in host memory, bs {bs}': side_by_side({'streamed':cf_epoch(df, bs, resident=False), 'resident':cf_epoch(df, bs, resident=True)}, args.repeats)}
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,5 +172,6 @@ if __name__=='__main__':
     name = 'loop' if cuda else 'loop_cpu'
     res = recorded(name)
     for part in args.only:
-        res.update(globals()[part](args))
-        record(name, res)
+        for new in globals()[part](args): # recorded one by one, for the next may not end
+            res.update(new)
+            record(name, res)

@@ -171,6 +171,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.capture._apply': ('capture.html#_apply', 'cfext/capture.py'),
                                'cfext.capture._aside': ('capture.html#_aside', 'cfext/capture.py'),
                                'cfext.capture._captured': ('capture.html#_captured', 'cfext/capture.py'),
+                               'cfext.capture._end_pool': ('capture.html#_end_pool', 'cfext/capture.py'),
                                'cfext.capture._recording': ('capture.html#_recording', 'cfext/capture.py'),
                                'cfext.capture._side': ('capture.html#_side', 'cfext/capture.py'),
                                'cfext.capture._try': ('capture.html#_try', 'cfext/capture.py'),

@@ -7,7 +7,7 @@ __all__ = ['opt_kind', 'step_columns', 'TensorStep', 'StepGraph', 'capture_hurdl
 
 # %% ../nbs/05a_capture.ipynb #ab5b8f9f
 import math,time
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 from functools import cache,partial
 
 import numpy as np,torch
@@ -156,17 +156,29 @@ class StepGraph:
         self.i += 1
 
 # %% ../nbs/05a_capture.ipynb #12fb1c30
+def _end_pool(pool):
+    "Tell the allocator that a capture has ended, as PyTorch before 2.12 does not where it failed: memory could not be emptied again, nor anything recorded"
+    dev = torch.cuda.current_device()
+    with suppress(RuntimeError): # it knows
+        torch._C._cuda_endAllocateToPool(dev, pool)
+        torch._C._cuda_releasePool(dev, pool)
+
 @contextmanager
 def _recording(graph, params=(), gens=(), **kwargs):
-    "Capture what a block does as `graph`; where that fails, put back the stream, the random numbers and the gradients, which PyTorch leaves as in a capture"
-    cur = torch.cuda.current_stream()
+    "Capture what a block does as `graph`; where that fails, put back the stream, memory, random numbers and gradients, which PyTorch leaves as in a capture"
+    cur,pool,own = torch.cuda.current_stream(),torch.cuda.graph_pool_handle(),None
     try:
-        with _no_search(),torch.cuda.graph(graph, **kwargs): yield
-    except BaseException:
+        with _no_search(),torch.cuda.graph(graph, pool=pool, **kwargs):
+            try: yield
+            except BaseException as e:
+                own = e
+                raise
+    except BaseException as e:
         torch.cuda.set_stream(cur)
+        _end_pool(pool)
         for g in (torch.cuda.default_generators[torch.cuda.current_device()], *gens): g.graphsafe_set_state(g.clone_state())
         for p in params: p.grad = None
-        raise
+        raise own or e # not what ending the capture makes of it
 
 @patch
 def signature(self:StepGraph):

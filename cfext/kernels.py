@@ -234,9 +234,9 @@ def kernel_ready(
 )->str|None: # what is in the way, None: nothing
     "Run the kernels once on made-up rows"
     if triton is None: return "Triton is not installed"
-    cut = lambda flat: [flat[:,a:a+2*n].view(2, 2, n) for a,n in ((0,3), (6,3), (12,1), (14,1))]
+    cut = lambda flat: [flat[:,a:a+2*n].view(2, 2, n) for a,n in ((0,3), (16,3), (32,1), (48,1))] # where whole loads begin, as those of a learner do
     try:
-        tables,avgs,sqrs,grads = (cut(torch.zeros(2, 16, device=device)) for _ in range(4))
+        tables,avgs,sqrs,grads = (cut(torch.zeros(2, 64, device=device)) for _ in range(4))
         ks = KernelSteps(tables, avgs, sqrs, [0]*4, [1]*4, 2, 2, 1, offset=torch.tensor([0.,1.], device=device), grads=grads)
         for t in (tables[0], tables[1], tables[3]): t[1,:,0] = 1 # with its offset, the second model's scores are 3
         ks.y += torch.tensor([[3.],[7.]], device=device)
@@ -285,8 +285,7 @@ def load(self:KernelSteps,
 ):
     "Lay down an epoch's rows and numbers"
     self.nums.copy_(nums)
-    self.losses.zero_()
-    self.at.zero_()
+    torch._foreach_zero_([self.losses, self.at, *self.grads]) # a step that something ended may have left gradients
     self.waiting.clear()
     self.done = 0
     for k,blocks in enumerate(models):

@@ -521,15 +521,21 @@ def test_a_recording_that_fails_is_put_back(monkeypatch):
         def clone_state(self): return self,'fresh'
         def graphsafe_set_state(self, o): put.append(o)
     @contextmanager
-    def graph(g, **kwargs): yield
+    def graph(g, **kwargs):
+        try: yield
+        except BaseException as e: raise RuntimeError("operation failed due to a previous error during capture") from e
+    def told(dev, pool): put.append('ended')
+    def knows(dev, pool): raise RuntimeError("not currently recording to mempool_id")
     put,gens,p = [],(Gen(),Gen()),torch.nn.Parameter(torch.ones(2))
+    monkeypatch.setattr(torch._C, '_cuda_releasePool', lambda dev, pool: put.append('released'))
     p.grad = torch.ones(2)
     for n,f in dict(graph=graph, current_stream=lambda: 'outer', set_stream=put.append, current_device=lambda: 0, default_generators=gens[:1]).items(): monkeypatch.setattr(torch.cuda, n, f)
     with _recording(None, [p], gens[1:]): pass
     assert put==[] and p.grad is not None
-    for err in (RuntimeError("operation not permitted when stream is capturing"), KeyboardInterrupt()):
+    for err,end in product((RuntimeError("operation not permitted when stream is capturing"), KeyboardInterrupt()), (told,knows)):
+        monkeypatch.setattr(torch._C, '_cuda_endAllocateToPool', end)
         p.grad,put[:] = torch.ones(2),[]
-        with pytest.raises(type(err)):
+        with pytest.raises(type(err)) as raised:
             with _recording(None, [p], gens[1:]): raise err
         assert put==['outer', *((g,'fresh') for g in gens)] and p.grad is None
 
@@ -611,3 +617,5 @@ def test_a_subclass_with_events_of_its_own_is_asked():
     assert 'counted' in factor_hurdle(learn)
     learn.remove_cb(Counted).add_cb(IdDropout(0.1, 1))
     assert factor_hurdle(learn) is None
+        assert raised.value is err, 'not what ending the capture makes of it'
+        assert put==['outer', *(['ended','released'] if end is told else []), *((g,'fresh') for g in gens)] and p.grad is None
