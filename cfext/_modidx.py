@@ -618,6 +618,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.learner.RowWeights.before_fit': ('learner.html#rowweights.before_fit', 'cfext/learner.py'),
                                'cfext.learner.RowWeights.on_rows': ('learner.html#rowweights.on_rows', 'cfext/learner.py'),
                                'cfext.learner._check_model': ('learner.html#_check_model', 'cfext/learner.py'),
+                               'cfext.learner._check_range': ('learner.html#_check_range', 'cfext/learner.py'),
                                'cfext.learner._check_ratings': ('learner.html#_check_ratings', 'cfext/learner.py'),
                                'cfext.learner._emb_szs': ('learner.html#_emb_szs', 'cfext/learner.py'),
                                'cfext.learner._make_model': ('learner.html#_make_model', 'cfext/learner.py'),
