@@ -97,11 +97,11 @@ def kind_hint(
     sure:bool=False, # only where most of `ids` are known in their other form?
 )->str: # '' where they are of the same type
     "Say that ids are of another type than the known ones, and the mend if that would make them known"
-    ids = [plain(o) for o in pd.unique(pd.Series(ids, copy=False))[:1000]]
+    ids = [plain(o) for o in pd.unique(pd.Series(ids, copy=False).dropna())[:1000]]
     types = {type(o).__name__ for o in ids[:5]} - {type(o).__name__ for o in known[:5].tolist()}
     there = bool(types) and (known.get_indexer(pd.Index([_other_form(o) for o in ids]))>=0).mean()>0.5
     if not types or sure and not there: return ''
-    mend = f": convert them with .astype({'str' if isinstance(_other_form(ids[0]), str) else known.dtype.name!r})" if there else ''
+    mend = f": convert them with .astype({'str' if isinstance(known[0], str) else known.dtype.name!r})" if there else ''
     return f"the known ids are {known.dtype}, these are {', '.join(sorted(types))}{mend}"
 
 def check_kinds(
@@ -110,7 +110,7 @@ def check_kinds(
     what:str, # whose ids they are, for the message
 )->None:
     "Raise a `TypeError` if most of `ids` are known in their other form, numbers as text or text as numbers"
-    if hint := kind_hint(ids, known, sure=True): raise TypeError(f"{what} such as {plain(pd.Series(ids, copy=False).iloc[0])!r}: {hint}")
+    if hint := kind_hint(ids, known, sure=True): raise TypeError(f"{what} such as {plain(pd.Series(ids, copy=False).dropna().iloc[0])!r}: {hint}")
 
 # %% ../nbs/00_core.ipynb #f1950f17
 unk_policies = ('raise','na','mean')

@@ -177,7 +177,7 @@ def show_item_map(
 def describe_axes(
     learn, # a learner, or a `CatView`
     col:str|None=None, # see `cat_view`
-    n_axes:int=3, # principal axes to describe
+    n_axes:int|None=None, # principal axes to describe; None: 3, or as many as there are
     k:int=4, # names at each end
     *,
     top:int|None=1000, # look at the categories with most training rows; `None`: all of them
@@ -186,7 +186,7 @@ def describe_axes(
     v = cat_view(learn, col)
     keep = np.argsort(-v.count, kind='stable')[:None if top is None else check_pos(top, 'top', 2)]
     if 2*check_pos(k, 'k')>len(keep): raise ValueError(f"`k`={k} names at each end need {2*k} of {v.col}, there are {len(keep)}")
-    scores,share = pca_axes(v.table[keep], n_axes)
+    scores,share = pca_axes(v.table[keep], min(3, len(keep)-1, v.table.shape[1]) if n_axes is None else n_axes)
     r = lambda a,s: np.nan if a is None or np.nanstd(a)==0 else pd.Series(np.asarray(a, float)).corr(pd.Series(s))
     rows = []
     for i,s in enumerate(scores.T):

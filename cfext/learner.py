@@ -175,10 +175,12 @@ def _emb_szs(dls, emb_szs):
     "((n_users,width), (n_items,width)) from fastai's rule, a dict {column: width}, or two (n,width) pairs"
     if isinstance(emb_szs, dict) and (odd := [k for k in emb_szs if k not in dls.cat_names]):
         raise ValueError(f"`emb_szs` names {', '.join(map(repr, odd))}; the columns are {', '.join(map(repr, dls.cat_names))}")
-    if emb_szs is None or isinstance(emb_szs, dict): return get_emb_sz(dls.train_ds, emb_szs)
-    if len(emb_szs)!=2 or [o[0] for o in emb_szs]!=[dls.n_users, dls.n_items]:
+    if emb_szs is None or isinstance(emb_szs, dict): return get_emb_sz(dls.train_ds, {k: check_pos(w, f'emb_szs[{k!r}]') for k,w in (emb_szs or {}).items()})
+    try: pairs = [(n,check_pos(w, 'emb_szs')) for n,w in emb_szs]
+    except (TypeError,ValueError): pairs = []
+    if [n for n,_ in pairs]!=[dls.n_users, dls.n_items]:
         raise ValueError(f"`emb_szs`={emb_szs!r} should be (({dls.n_users}, width), ({dls.n_items}, width)) or a dict {{column: width}}")
-    return emb_szs
+    return pairs
 
 def _make_model(dls, model, n_factors, y_range, emb_szs, config):
     "A module from a name, a class or a module"
@@ -189,13 +191,19 @@ def _make_model(dls, model, n_factors, y_range, emb_szs, config):
         own = {'use_bn':True} if model=='nn' else {}
         return cls(*_emb_szs(dls, emb_szs), **{'y_range':y_range, **own, **config})
     if isinstance(model, type) and issubclass(model, nn.Module):
-        args = dict(n_factors=n_factors, y_range=y_range)
+        args = dict(n_factors=check_pos(n_factors, 'n_factors'), y_range=y_range)
         takes = inspect.signature(model.__init__).parameters
         kwargs = {**{k:v for k,v in args.items() if k in takes}, **config}
         return model.from_dls(dls, **kwargs) if hasattr(model, 'from_dls') else model(dls.n_users, dls.n_items, **kwargs)
     raise ValueError(f"`model`={model!r} should be 'dot', 'nn', a class of modules or a module")
 
 # %% ../nbs/06_learner.ipynb #a88d7769
+def _check_range(y_range):
+    "Raise if `y_range` is no pair of rising numbers"
+    try: ok = y_range is None or len(y_range)==2 and float(y_range[0])<float(y_range[1])
+    except (TypeError,ValueError): ok = False
+    if not ok: raise ValueError(f"`y_range`={y_range!r} should be (low, high) with low < high, a little beyond the ratings, or None")
+
 def _check_ratings(dls, y_range):
     "Warn of ratings that `y_range` cannot reach"
     if y_range is None: return
@@ -230,6 +238,7 @@ def cf_learner(
 )->CFLearner:
     "Make a learner for ratings that predicts and recommends in the caller's own ids"
     dls,loss_func = as_cf_dls(dls),ifnone(loss_func, MSELossFlat())
+    _check_range(y_range)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         model = _make_model(dls, model, n_factors, y_range, emb_szs, config or {})

@@ -77,6 +77,11 @@ class ItemIndex:
         keys,n = np.arange(1, len(V)+1, dtype=np.uint64),1024
         self.index.add(keys[:n], V[:n], threads=1) # several threads would lose some of the first
         if len(V)>n: self.index.add(keys[n:], V[n:], threads=threads)
+    def __getstate__(self): return {**self.__dict__, 'index':(bytes(self.index.save()), self.index.expansion_search)}
+    def __setstate__(self, state):
+        saved,search = state['index']
+        self.__dict__.update(state, index=import_extra('usearch.index', 'ann').Index.restore(saved))
+        self.index.expansion_search = search
     def __len__(self): return len(self.index)
     def __repr__(self): return f"ItemIndex of {len(self):,} items, connectivity {self.index.connectivity}, expansion_search {self.index.expansion_search}"
 

@@ -130,7 +130,8 @@ def _loaders_like(dls, dss):
 def _with_rows(dls, new, low):
     "Loaders like `dls`, with more ids and training rows `new`, and codes `low` (m,2) that count as seen where such rows do"
     a,b,x = dls.train_ds,dls.valid_ds,new.x.long()
-    w = None if a.w is None and new.w is None else torch.cat([torch.ones_like(o.y[:,0]) if o.w is None else o.w for o in (a,new)])
+    w = a.w.mean().expand(len(x)) if new.w is None and a.w is not None and len(a) else new.w # a row that brings no weight has the usual one
+    w = None if w is None else torch.cat([torch.ones_like(a.y[:,0]) if a.w is None else a.w, w])
     dss = Ratings(torch.cat([a.x, new.x]), torch.cat([a.y, new.y]), new.classes, a.rating_name, w),b.recoded(new.classes)
     fresh = dss[1].x[(dss[1].x!=b.x).any(1)].long()
     n = torch.isin(fresh[:,0]*dss[1].n_items+fresh[:,1], x[:,0]*dss[1].n_items+x[:,1]).sum().item() if len(fresh) else 0

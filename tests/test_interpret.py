@@ -197,6 +197,8 @@ def test_maps_of_columns(shop):
     ax = show_item_map(shop, 'title', color=genre)
     assert {t.get_text() for t in ax.get_legend().get_texts()}==set(genre)
     assert describe_axes(shop, 'day', n_axes=2, k=2).shape==(2,5)
+    dls = CFDataLoaders.from_df(ratings, item_name='title', seed=1, device='cpu')
+    for n in (1,2,5): assert len(describe_axes(cf_learner(dls, n_factors=n, seed=1)))==min(n, 3)
 
 @pytest.mark.parametrize('how', ['cosine','dot','euclid'])
 @pytest.mark.parametrize('col', [None,'user'])

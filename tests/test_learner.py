@@ -207,7 +207,11 @@ def test_ratings_outside_y_range_are_counted(df):
 def test_bad_models(df):
     dls = loaders(df)
     for kw,msg in ((dict(model='dott'), "`model`='dott'"), (dict(model=nn.Embedding(60,3)), r'expected \(3,1\)'), (dict(y_range=(5,1)), r'`y_range`=\(5, 1\)'),
-                   (dict(model='nn', emb_szs=[(3,2),(4,2)]), '`emb_szs`'), (dict(unk_p=2), '`p`=2')):
+                   (dict(model='nn', emb_szs=[(3,2),(4,2)]), '`emb_szs`'), (dict(unk_p=2), '`p`=2'),
+                   *((dict(y_range=y), r'`y_range`=.* should be \(low, high\) with low < high, a little beyond the ratings') for y in (5, 'ab', (None,5), (5,))),
+                   *((dict(n_factors=n, model=m), '`n_factors`=.* should be a whole number of at least 1') for n in (0,-1,2.5,None) for m in ('dot',DotProduct,LightGCN)),
+                   (dict(model='nn', emb_szs=5), r'`emb_szs`=5 should be \(\('), (dict(model='nn', emb_szs={'user':0}), r"`emb_szs\['user'\]`=0 should be a whole number of at least 1"),
+                   (dict(model='nn', emb_szs=((61,0),(41,0))), '`emb_szs`=')):
         with pytest.raises(ValueError, match=msg): cf_learner(dls, **kw)
 
 def test_unknown_users_meet_the_policy(df):

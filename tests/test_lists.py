@@ -1,5 +1,5 @@
 "Files of lists and the index, against `recommend`"
-import importlib.util,sys,warnings
+import importlib.util,pickle,sys,warnings
 
 import numpy as np,pandas as pd,pytest,torch
 from cfext import *
@@ -112,6 +112,13 @@ def test_the_index_takes_cosines_and_built_factors(learn, kind):
     got,want = (o.recommend([5,9,1], k=6) for o in (index,l))
     both = got.merge(want, on=['user','title'])
     assert len(both)>=16 and np.allclose(both.score_x, both.score_y, atol=1e-4)
+
+def test_an_index_is_pickled_as_it_is(learn):
+    pytest.importorskip('usearch')
+    index = ItemIndex(learn, connectivity=9, expansion_search=37)
+    again = pickle.loads(pickle.dumps(index))
+    assert repr(again)==repr(index) and len(again)==len(index)>0
+    pd.testing.assert_frame_equal(again.recommend([5,9,1], k=6), index.recommend([5,9,1], k=6))
 
 def test_no_item_is_lost_by_several_threads(learn):
     pytest.importorskip('usearch')

@@ -241,8 +241,8 @@ def test_a_few_ids_of_another_type_and_ids_that_are_unknown_in_both():
     for ids in ([10,11], ['a','7b'], [np.nan,2.5], [None], [], ['7','x','y','z'], pd.Series([10], dtype='category'), [pd.Timestamp(0)]): check_kinds(ids, known, 'ids')
     for ids in (['7'], ['7','8','x'], np.array(['7']), pd.Series(['9'], dtype='category'), pd.Index(['7'], dtype=object)):
         with pytest.raises(TypeError, match="ids such as '[79]': the known ids are int64, these are str: convert them with .astype.'int64'"): check_kinds(ids, known, 'ids')
-    for ids in ([7], [7.], np.array([7]), pd.Series([7], dtype='Int64')):
-        with pytest.raises(TypeError, match="convert them with .astype.'str'"): check_kinds(ids, known.astype(str), 'ids')
+    for ids in ([7], [7.], np.array([7]), pd.Series([7], dtype='Int64'), [np.nan,7], [None,7]):
+        with pytest.raises(TypeError, match=r"ids such as 7.*: the known ids are \w+, these are \w+: convert them with .astype.'str'"): check_kinds(ids, known.astype(str), 'ids')
 
 def naive_mmr(recs, scores, V, k, div):
     recs = [i for i in recs if i>=0]
