@@ -1070,6 +1070,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cfext.sequence.SeqLearner.recommend': ('sequence.html#seqlearner.recommend', 'cfext/sequence.py'),
                                 'cfext.sequence.SeqLearner.recommend_next': ( 'sequence.html#seqlearner.recommend_next',
                                                                               'cfext/sequence.py'),
+                                'cfext.sequence.SeqLearner.save_bundle': ('sequence.html#seqlearner.save_bundle', 'cfext/sequence.py'),
                                 'cfext.sequence.SeqLearner.similar_items': ('sequence.html#seqlearner.similar_items', 'cfext/sequence.py'),
                                 'cfext.sequence._OneWidth': ('sequence.html#_onewidth', 'cfext/sequence.py'),
                                 'cfext.sequence._OneWidth.before_batch': ('sequence.html#_onewidth.before_batch', 'cfext/sequence.py'),
