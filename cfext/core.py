@@ -56,6 +56,8 @@ def as_frame(
     if isinstance(rows, pd.DataFrame): return rows
     if isinstance(rows, pd.Series): return rows.to_frame().T.infer_objects()
     if isinstance(rows, dict): return pd.DataFrame(rows if any(isinstance(o, (list,tuple,np.ndarray,pd.Series)) for o in rows.values()) else [rows])
+    if isinstance(rows, tuple) and any(getattr(o, 'ndim', 0) and not isinstance(o, (pd.Series,pd.DataFrame)) for o in rows):
+        raise ValueError(f"expected pairs ({', '.join(names)}), got a tuple of {type(rows[0]).__name__}: pass a frame, or list(zip(...)) of the columns")
     if isinstance(rows, tuple) and len(rows)==2 and not any(isinstance(o,(tuple,list,dict,pd.Series)) for o in rows): rows = [rows]
     rows = list(rows)
     if len(rows)==1 and isinstance(rows[0], pd.DataFrame): return rows[0]

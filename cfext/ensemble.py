@@ -6,7 +6,7 @@
 __all__ = ['check_weights', 'Ensemble', 'MergedModel', 'NextItem', 'load_ensemble']
 
 # %% ../nbs/14c_ensemble.ipynb #0b98c5d7
-import json,shutil
+import json,re,shutil
 from contextlib import contextmanager
 from uuid import uuid4
 
@@ -110,7 +110,13 @@ class Ensemble:
         "Put the members' predictions together"
         cut = (lambda p: p) if self.clip is None or self.method=='rank' else (lambda p: p.clamp(*self.clip))
         ws = None if self.method in ('max','median') else self.weights
-        return merge_preds((cut(p) for p in preds), self.method, ws, kind=self.kind, spread=spread)
+        return merge_preds((cut(_numbers(n, p)) for n,p in zip(self.members, preds)), self.method, ws, kind=self.kind, spread=spread)
+
+def _numbers(n, p):
+    "A member's predictions, or raise if there are NaN among them"
+    bad = torch.isnan(p).reshape(len(p), -1).any(1)
+    if bad.any(): raise ValueError(f"member {n!r} predicts NaN in {int(bad.sum())} of {len(p)} rows")
+    return p
 
 # %% ../nbs/14c_ensemble.ipynb #674e9344
 def _home(model): return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device('cpu'))
@@ -149,11 +155,14 @@ def _held_out(learn, ds_idx):
 
 def _same_rows(n0, frame0, n, frame, arg='rows'):
     "Order of `frame`'s rows that makes them those of `frame0`, or raise"
-    a,b = (pd.MultiIndex.from_frame(f.iloc[:,:2]) for f in (frame0, frame))
-    if len(a)!=len(b): raise ValueError(f"member {n!r} holds out {len(b)} rows, member {n0!r} {len(a)}: pass `{arg}`")
-    idx = np.arange(len(a)) if a.equals(b) else b.get_indexer(a) if a.is_unique and b.is_unique else np.array([-1])
-    if (idx<0).any(): raise ValueError(f"member {n!r} holds out other rows than member {n0!r}: pass `{arg}`")
-    if not np.array_equal(frame.iloc[idx,2].to_numpy(), frame0.iloc[:,2].to_numpy()): raise ValueError(f"member {n!r} has other targets than member {n0!r} for the same rows")
+    if len(frame0)!=len(frame): raise ValueError(f"member {n!r} holds out {len(frame)} rows, member {n0!r} {len(frame0)}: pass `{arg}`")
+    def _at(n_cols):
+        "Places of the rows that are alike in so many columns; of several the first among the first"
+        a,b = (f.iloc[:,:n_cols].set_axis(range(n_cols), axis=1) for f in (frame0, frame))
+        a,b = (pd.MultiIndex.from_frame(f.assign(nth=f.groupby(list(f)).cumcount())) for f in (a, b))
+        return np.arange(len(a)) if a.equals(b) else b.get_indexer(a)
+    if (_at(2)<0).any(): raise ValueError(f"member {n!r} holds out other rows than member {n0!r}: pass `{arg}`")
+    if ((idx := _at(3))<0).any(): raise ValueError(f"member {n!r} has other targets than member {n0!r} for the same rows")
     return idx
 
 # %% ../nbs/14c_ensemble.ipynb #4698608a
@@ -165,7 +174,7 @@ def _ask(self:Ensemble, learn, rows, ds_idx, unk):
         if _nexts(learn): return _next_probs(learn, rows, ds_idx)
         if rows is not None: p,t = learn.get_preds(dl=learn.dls.test_dl(rows, **(dict(unk=unk) if ours else {})))[0].cpu(),None
         else: p,t = (o.cpu() for o in learn.get_preds(ds_idx=ds_idx, dl=learn.dls[ds_idx].new(shuffle=False, drop_last=False)))
-    return p.reshape(len(p), -1) if ours else p,t
+    return p.reshape(len(p), -1) if ours or p.ndim==1 else p,t
 
 @patch
 def _each(self:Ensemble, rows=None, ds_idx=1, unk=None):
@@ -179,8 +188,6 @@ def _each(self:Ensemble, rows=None, ds_idx=1, unk=None):
             if targs0 is None: frame0,targs0 = frame,t
             elif frame is not None and frame0 is not None: p,t = p[_same_rows(n0, frame0, n, frame)],targs0
             elif t.shape!=targs0.shape or not torch.equal(t, targs0): raise ValueError(f"member {n!r} has other targets than member {n0!r}: pass `rows`")
-        bad = torch.isnan(p).reshape(len(p), -1).any(1)
-        if bad.any(): raise ValueError(f"member {n!r} predicts NaN in {int(bad.sum())} of {len(p)} rows")
         yield p,t
 
 # %% ../nbs/14c_ensemble.ipynb #15e15d19
@@ -222,12 +229,17 @@ def _said(self:Ensemble, p, sd):
     return dict(pred=names, prob=p[at].numpy(), spread=sd[at].numpy())
 
 @patch
+def _no_ranks(self:Ensemble):
+    if self.method=='rank': raise ValueError("method='rank' gives ranks, which are no predictions: it is for `recommend` and `evaluate`; to predict take method='mean', or `get_preds` for the ranks of rows")
+
+@patch
 def predict(self:Ensemble,
     rows, # a dict, a (user, item) tuple, a Series, a DataFrame, or a list of what the members' `test_dl` takes
     *,
     unk:str|None=None, # unknown ids: 'raise', 'na' or 'mean'; None: the members' own policies
 )->tuple: # (frame with columns `pred` and `spread`, of classes also `prob`; predictions; spread), each with n rows
     "Predict one row or many, and say how far the members lie apart"
+    self._no_ranks()
     ds = getattr(self.first.dls, 'train_ds', None)
     names = ds.cat_names if isinstance(ds, Ratings) else []
     if isinstance(ds, Ratings) or isinstance(rows, (dict,pd.Series,pd.DataFrame)): rows = as_frame(rows, names or list(getattr(rows, 'columns', [])))
@@ -241,6 +253,7 @@ def validate(self:Ensemble,
 )->L: # [loss, *metrics], those of the first member; of sequences the mean negative log-probability of what came
     "Judge the merged predictions by the first member's loss and metrics"
     learn = self.first
+    self._no_ranks()
     if isinstance(learn.loss_func, RankingLoss): raise ValueError(f"the members are fitted by {type(learn.loss_func).__name__}, which judges no predictions: use `evaluate`")
     p,y = self.get_preds(rows)
     if _nexts(learn):
@@ -255,13 +268,13 @@ def validate(self:Ensemble,
 @patch
 def _unseen(self:Ensemble, rows):
     "Predictions {name: (n,...)} and targets (n,) of rows that no member was trained on, or raise"
-    learn,where = self.first,_held_out(self.first, 1) if rows is None else rows
+    learn = self.first
     for n,m in self.members.items():
-        seen = None if where is None or not isinstance(m.dls, CFDataLoaders) else trained_on(m, where)
+        seen = None if rows is None or not isinstance(m.dls, CFDataLoaders) else trained_on(m, rows)
         if seen is not None and seen.any(): raise ValueError(f"member {n!r} was trained on {int(seen.sum())} of these {len(seen)} rows: pass rows that no member has seen")
     got = list(self._each(rows))
     y = got[0][1].reshape(-1).numpy() if rows is None else rows[learn.dls.train_ds.y_names[0]].to_numpy()
-    return {n: p if self.clip is None else p.clamp(*self.clip) for n,(p,_) in zip(self.members, got)},y
+    return {n: _numbers(n, p if self.clip is None else p.clamp(*self.clip)) for n,(p,_) in zip(self.members, got)},y
 
 @patch
 def fit_weights(self:Ensemble,
@@ -413,7 +426,7 @@ def save_bundle(self:Ensemble,
     for n,m in self.members.items():
         if not isinstance(m, CFLearner): raise TypeError(f"member {n!r} is a {type(m).__name__}, which has no safe form: only cfext's learners can be saved")
     path,tag = Path(path),uuid4().hex[:8]
-    old = [o for o in path.glob('member*-*') if o.is_dir()]
+    old = [o for o in path.glob('member*-*') if re.fullmatch(r'member\d+-[0-9a-f]{8}', o.name) and (o/'bundle.json').is_file()]
     folders = {n: f'member{j}-{tag}' for j,n in enumerate(self.members)}
     for n,m in self.members.items(): m.save_bundle(path/folders[n], **kwargs)
     what = dict(format=1, kind='cfext ensemble', members=folders, weights=self.weights.tolist(), method=self.method,

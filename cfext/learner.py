@@ -129,7 +129,7 @@ class CFLearner(Learner):
         res.__dict__.update(self.__dict__, model=model, cbs=L()) # in one step, since threads may be at work on this one
         return res.add_cbs([copy(cb) for cb in self.cbs])
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
-        if getattr(dl, 'unk', None)=='mean': self = self._around(mean_unknown(self.model))
+        if getattr(dl, 'unk', None)=='mean' and (dl.dataset.x==0).any(): self = self._around(mean_unknown(self.model))
         rec = getattr(self, 'recorder', None)
         kept = {k: getattr(rec, k) for k in (*Recorder._stateattrs, 'metric_names') if hasattr(rec, k)}
         try:

@@ -193,6 +193,7 @@ class TTA(Callback):
         seed:int=42, # of random views
     ):
         self.views = train_views() if views is None else [views] if isinstance(views, BatchView) else list(views)
+        if odd := [v for v in self.views if not isinstance(v, BatchView)]: raise TypeError(f"`views` should be `BatchView`s, such as flip_views(), got {odd[0]!r}")
         if not self.views: raise ValueError("`views` is empty: there is nothing to look at")
         if merge=='rank': raise ValueError("ranks need all rows at once, and here they come in batches: merge predictions with `merge_preds`")
         check_choice(merge, 'merge', mergers), check_choice(on, 'on', ('probs','logits'))

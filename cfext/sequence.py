@@ -27,7 +27,8 @@ seq_archs = dict(char3=CharNet3, loop=CharLoop, concat=CharLoopConcat, rnn=parti
 class _OneWidth(Callback):
     "Pad batches to the width of the longest history, so that what the model makes of them can be put together"
     def before_batch(self):
-        n = int(self.dl.dataset.lens.max())
+        ds = getattr(self.dl, 'dataset', None) # a list of batches has none
+        n = max(b[0].shape[1] for b in self.dl) if ds is None else int(ds.lens.max())
         self.learn.xb,self.learn.yb = ([F.pad(o, (0,n-o.shape[1])) for o in b] for b in (self.xb, self.yb))
 
 class SeqLearner(Learner):
@@ -38,6 +39,9 @@ class SeqLearner(Learner):
     def all_batches(self):
         self._check_vocab()
         super().all_batches()
+    def save_bundle(self, *args, **kwargs):
+        "Say how a learner of sequences is saved"
+        raise TypeError("a learner of sequences has no bundle: `learn.export(path)` writes it as a pickle, and `load_learner(path)` reads it; read only files that you trust")
     def _check_vocab(self):
         "Raise if the loaders, changed since, have another number of symbols than the model"
         n = getattr(self.model, 'n_vocab', self.dls.n_vocab)
@@ -91,11 +95,13 @@ def _encode(self:SeqLearner, seq, arg, unk=None):
     if isinstance(seq, str) or not is_listy(seq) and not hasattr(seq, '__array__'):
         raise TypeError(f"`{arg}` should be a list of items, got {seq!r}")
     seq = list(seq)
+    if odd := [o for o in seq if is_listy(o) or np.ndim(o)]: raise TypeError(f"`{arg}` should be one list of items, got a list of {type(odd[0]).__name__}: ask for one history at a time")
     codes = self.dls.vocab.encode(seq) if seq else np.zeros(0, np.int32)
     if (codes==0).any() and check_choice(unk or 'raise', 'unk', ('raise','skip'))=='raise':
         raise UnknownIdError('item' if self.dls.hist is not None else 'symbol', pd.unique(pd.Series(seq)[codes==0]).tolist(), "leave them out"+(", or pass unk='skip'" if unk else ''))
     codes = codes[codes>0]
-    if not len(codes): raise ValueError(f"`{arg}` holds nothing that the model knows: it needs at least one symbol to go on from")
+    if not len(codes):
+        raise ValueError(f"`{arg}` {'holds nothing that the model knows' if seq else 'is empty'}: it needs at least one {'item' if self.dls.hist is not None else 'symbol'} to go on from")
     return torch.from_numpy(codes).long().to(self.dls.device)
 
 def _sound(scores):

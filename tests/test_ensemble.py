@@ -384,6 +384,41 @@ def test_a_dot_product_and_a_tabular_model(df, members):
     with pytest.raises(TypeError, match="lists need members that score every item; member 'tab'"): ens.recommend('1')
     with pytest.raises(TypeError, match="member 'tab' is a TabularLearner, which has no safe form"): ens.save_bundle('nowhere')
 
+def test_fastais_dot_product_is_a_member(df, members):
+    "It predicts (n,) where others predict (n,1)"
+    from fastai.collab import CollabDataLoaders,collab_learner
+    theirs = collab_learner(CollabDataLoaders.from_df(df, item_name='title', rating_name='rating', seed=1, device='cpu'), n_factors=3, y_range=(.5,5.5))
+    with theirs.no_bar(),theirs.no_logging(): theirs.fit(1, .02)
+    some = df[['user','title','rating']][:9]
+    for both in ([members[0],theirs], [theirs,members[0]]):
+        ens = Ensemble(both)
+        _,q,sd = ens.predict(some)
+        with theirs.no_bar(): own = theirs.get_preds(dl=theirs.dls.test_dl(some))[0].reshape(-1, 1)
+        assert q.shape==sd.shape==(9,1) and torch.allclose(q, (own+members[0].predict(some)[2])/2, atol=1e-6)
+        assert abs(ens.validate(some)[0]-((q[:,0]-torch.tensor(some.rating.to_numpy()))**2).mean())<1e-5
+    p,y = Ensemble([theirs]).get_preds()
+    assert p.shape==y.shape==(len(theirs.dls.valid_ds),1) and abs(Ensemble([theirs]).validate()[0]-((p-y)**2).mean())<1e-5
+
+def test_weights_where_users_rate_items_again(df):
+    "Held-out rows whose pair has other rows in training, and several of one pair"
+    again = pd.concat([df.iloc[:300], df.iloc[:300].assign(rating=lambda d: (d.rating%5)+1), df.iloc[:300].assign(rating=1.)], ignore_index=True)
+    rows = fold_rows(again, 4)[0]
+    a,b,c = make(again, lambda o: rows, 1),make(again, lambda o: rows, 2),make(again, lambda o: (rows[0],rows[1][::-1]), 3)
+    for ms in ([a,b],[a,c]):
+        ens = Ensemble(ms)
+        for f in (ens.fit_weights,ens.fit_stack): assert set(f(n_boot=5).names)=={'m0','m1'}
+    p,y = Ensemble([a,c], [0.,1.]).get_preds()
+    assert torch.allclose(p, c.predict(again.iloc[rows[1]])[2], atol=1e-6) and torch.equal(y[:,0], torch.tensor(again.rating.to_numpy()[rows[1]]).float())
+    other = make(again, lambda o: (rows[1],rows[0]), 1)
+    with pytest.raises(ValueError, match="member 'm1' holds out"): Ensemble([a,other]).get_preds()
+
+def test_nan_names_the_member_in_lists_too(df):
+    dls = CFDataLoaders.from_df(df, item_name='title', seed=1, device='cpu')
+    good,bad = (cf_learner(dls, n_factors=3, seed=j) for j in range(2))
+    with torch.no_grad(): bad.model.item_bias[3] = float('nan')
+    for method in ('mean','rank'):
+        with pytest.raises(ValueError, match="member 'odd' predicts NaN"): Ensemble(dict(good=good, odd=bad), method=method).recommend(7, k=3)
+
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
     from PIL import Image
@@ -453,6 +488,12 @@ def test_sequences_and_lists_with_ratings(df):
     few = sequences(df[df.title!=df.title.iloc[0]], 2)
     with pytest.raises(ValueError, match='has another classes'): Ensemble([a, few])
 
+def test_a_folder_that_only_looks_like_a_member_is_left_alone(members, tmp_path):
+    (tmp_path/'members-2024').mkdir()
+    (tmp_path/'members-2024'/'names.txt').write_text('everybody')
+    for _ in range(2): Ensemble(members).save_bundle(tmp_path)
+    assert (tmp_path/'members-2024'/'names.txt').exists() and len(list(tmp_path.iterdir()))==len(members)+2
+
 def test_learners_and_bundles_and_pretrained(df, members, tmp_path):
     members[0].save_bundle(tmp_path/'a')
     ens = Ensemble([tmp_path/'a', str(tmp_path/'a'), members[1]], device='cpu')
@@ -466,11 +507,17 @@ def test_every_way_to_merge(df, members, method):
     each = torch.stack([m.predict(some)[2] for m in members])
     ranks = torch.tensor(np.stack([pd.Series(e[:,0].numpy()).rank().to_numpy()/6 for e in each]))[...,None].float()
     want = dict(mean=each.mean(0), gmean=each.log().mean(0).exp(), rank=ranks.mean(0), median=each.median(0).values, max=each.max(0).values)[method]
-    assert torch.allclose(Ensemble(members, method=method).predict(some)[1], want, atol=1e-5)
+    assert torch.allclose(Ensemble(members, method=method).get_preds(some)[0], want, atol=1e-5)
     if method in ('mean','gmean','rank'):
         w = torch.tensor([0.2,0.5,0.3])[:,None,None]
         want = dict(mean=(each*w).sum(0), gmean=(each.log()*w).sum(0).exp(), rank=(ranks*w).sum(0))[method]
-        assert torch.allclose(Ensemble(members, [0.2,0.5,0.3], method).predict(some)[1], want, atol=1e-5)
+        assert torch.allclose(Ensemble(members, [0.2,0.5,0.3], method).get_preds(some)[0], want, atol=1e-5)
+
+def test_ranks_are_no_ratings(df, members):
+    ens = Ensemble(members, method='rank')
+    for f in (lambda: ens.predict(df[:6]), ens.validate, lambda: ens.validate(df)):
+        with pytest.raises(ValueError, match="method='rank' gives ranks, .*`recommend` and `evaluate`.*method='mean'"): f()
+    assert len(ens.recommend(7, k=4))==4
 
 def test_stack_of_members(df, members):
     ens = Ensemble(members, clip=(1,5))

@@ -243,6 +243,13 @@ def test_policies_for_unknown_users_from_threads(df, model):
     assert want[0]!=want[1] and got==want*40 and [ask(o) for o in policies]==want
     assert {id(o) for o in learn.cbs}=={id(o) for o in cbs} and all(cb.learn is learn for cb in cbs)
 
+def test_columns_in_place_of_pairs(df):
+    learn = fitted(loaders(df))
+    u,t = df.user.to_numpy()[:2],df.title.to_numpy()[:2]
+    for cols in ((u,t), (torch.tensor(u),t), (pd.Index(u),pd.Index(t))):
+        with pytest.raises(ValueError, match=r'expected pairs \(user, title\), got a tuple of .*: pass a frame, or list\(zip'): learn.predict(cols)
+    assert torch.equal(learn.predict(list(zip(u, t)))[2], learn.predict(df[:2])[2])
+
 def test_planted_factors_are_found():
     "Item factors recover the planted ones up to a linear map's rotation (Procrustes), biases follow the planted biases"
     df,truth = synth_ratings(400, 120, 24_000, n_factors=3, noise=0.3, step=None, seed=1, with_truth=True)

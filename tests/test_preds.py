@@ -370,6 +370,8 @@ def test_bad_arguments():
                      (dict(merge='best'),'not one of'), (dict(on='p'),'not one of'), (dict(out='x'),'not one of'), (dict(merge='rank'),'all rows'),
                      (dict(views=flip_views(), merge='max', weights=[1,2]),'no use for'), (dict(seed=-1),'at least 0')]:
         with pytest.raises(ValueError, match=match): TTA(**kw)
+    for views in ('flip', [1,2], dict(a=1), [*flip_views(),'flip']):
+        with pytest.raises(TypeError, match=r"`views` should be `BatchView`s, such as flip_views\(\), got"): TTA(views)
     learn = images()
     with pytest.raises(ValueError, match='keeps the size'): learn.get_preds(cbs=TTA([BatchView('half', lambda x: x[...,::2])]))
     with pytest.raises(ValueError, match='keeps the size'): images(sz=8, model=nn.Sequential(nn.Flatten(), nn.LazyLinear(3))).get_preds(cbs=TTA([BatchView('wide', lambda x: x[...,:4])]))

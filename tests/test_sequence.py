@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastcore.test import test_eq as eq, test_close as close
 from cfext.callbacks import GradientAccumulator
+from cfext.sources import synth_ratings
 from cfext.seq_data import *
 from cfext.seq_models import *
 from cfext.sequence import *
@@ -335,6 +336,26 @@ def test_odd_arguments():
         with pytest.raises(ValueError, match='`n_sampled`=.* whole number of at least 1'): learn.evaluate(n_sampled=n)
     for kind in ('sampled','gbce'):
         with pytest.raises(ValueError, match='`n_neg`=0'): seq_learner(learn.dls, loss=kind, n_neg=0)
+
+def test_histories_are_shown_and_batches_of_ones_own_are_predicted():
+    df = synth_ratings(40, 30, 500)
+    learn = seq_learner(SeqDataLoaders.from_df(df, item_name='title', max_len=6, bs=7, seed=0, device='cpu'), 'gru4rec', config=dict(n_factors=5, n_hidden=6), seed=0)
+    learn.show_results(max_n=3)
+    xb,yb = learn.dls.valid.one_batch()
+    with learn.no_bar(): p,y = learn.get_preds(dl=[(xb[:4],yb[:4]),(xb[4:,:3],yb[4:,:3])])
+    assert p.shape[:2]==y.shape==xb.shape and len(xb)==40 and torch.equal(y[:4], yb[:4])
+
+def test_what_a_learner_of_sequences_is_not_asked(tmp_path):
+    df = synth_ratings(40, 30, 500)
+    learn = seq_learner(SeqDataLoaders.from_df(df, item_name='title', max_len=6, bs=7, seed=0, device='cpu'), 'gru4rec', config=dict(n_factors=5, n_hidden=6), seed=0)
+    with pytest.raises(ValueError, match='`history` is empty: it needs at least one item to go on from'): learn.recommend_next([])
+    with pytest.raises(ValueError, match='`history` holds nothing that the model knows: it needs at least one item'): learn.recommend_next(['no film'], unk='skip')
+    titles = df.title.to_numpy()[:2]
+    for f,arg in ((learn.predict,'item'),(learn.recommend_next,'history')):
+        for many in ((titles,titles), [[*titles]], [[]]):
+            with pytest.raises(TypeError, match=f'`{arg}` should be one list of items, got a list of .*: ask for one history at a time'): f(many)
+    with pytest.raises(TypeError, match=r'no bundle.*`learn.export\(path\)`.*`load_learner'): learn.save_bundle(tmp_path/'b')
+    assert not (tmp_path/'b').exists()
 
 def test_export_and_load(tmp_path):
     dls = SeqDataLoaders.from_df(visits(60), max_len=5, bs=3)
