@@ -537,7 +537,8 @@ def test_a_recording_that_fails_is_put_back(monkeypatch):
         p.grad,put[:] = torch.ones(2),[]
         with pytest.raises(type(err)) as raised:
             with _recording(None, [p], gens[1:]): raise err
-        assert put==['outer', *((g,'fresh') for g in gens)] and p.grad is None
+        assert raised.value is err, 'not what ending the capture makes of it'
+        assert put==['outer', *(['ended','released'] if end is told else []), *((g,'fresh') for g in gens)] and p.grad is None
 
 @pytest.mark.parametrize('cb', [lambda: GradientAccumulator(200), lambda: GradientAccumulator(3, by='batches', log='window'), lambda: [GradientAccumulator(150), GradientClip(0.01)],
                                 lambda: EMA(), lambda: [GradientAccumulator(200), MixedPrecision(amp_mode=AMPMode.BF16)]])
@@ -617,5 +618,3 @@ def test_a_subclass_with_events_of_its_own_is_asked():
     assert 'counted' in factor_hurdle(learn)
     learn.remove_cb(Counted).add_cb(IdDropout(0.1, 1))
     assert factor_hurdle(learn) is None
-        assert raised.value is err, 'not what ending the capture makes of it'
-        assert put==['outer', *(['ended','released'] if end is told else []), *((g,'fresh') for g in gens)] and p.grad is None
