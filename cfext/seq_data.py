@@ -14,6 +14,7 @@ from torch import Tensor
 from fastai.data.all import *
 from fastai.tabular.core import display_df
 from .core import *
+from .sources import _times
 from .data import *
 
 # %% ../nbs/15a_seq_data.ipynb #8514c8c0
@@ -254,12 +255,7 @@ def _codes(col, arg):
 def _time_order(df, users, time_name):
     "Row numbers by user, then time, then place in the frame"
     if time_name is None: return users.argsort(kind='stable')
-    col = df[find_col(df, time_name, 'time')]
-    if not (pd.api.types.is_numeric_dtype(col) or pd.api.types.is_datetime64_any_dtype(col)):
-        raise TypeError(f"`time_name`={col.name!r} should hold numbers or datetimes, it holds {col.dtype}: convert it with `pd.to_datetime`")
-    if col.isna().any(): raise ValueError(f"`time_name`={col.name!r} holds {int(col.isna().sum())} missing times")
-    time = col.to_numpy(dtype='datetime64[ns]' if not pd.api.types.is_numeric_dtype(col) else None)
-    return np.lexsort((time, users))
+    return np.lexsort((pd.factorize(_times(df, time_name), sort=True)[0], users))
 
 # %% ../nbs/15a_seq_data.ipynb #5014779f
 @patch(cls_method=True)
@@ -267,7 +263,7 @@ def from_df(cls:SeqDataLoaders,
     df:pd.DataFrame, # one row an interaction; left as it was
     user_name:str='user', # column of users
     item_name:str='item', # column of items
-    time_name:str|None='timestamp', # column of times; `None`: a user's rows are already in order
+    time_name:str|None='timestamp', # column of times: numbers, datetimes, ordered categories, or text as numbers or ISO dates; `None`: a user's rows are already in order
     max_len:int=200, # items read of a history at most, the latest
     bs:int=64, # histories a batch
     *,

@@ -385,8 +385,10 @@ def test_seen_items_beyond_max_len_are_left_out():
 
 def test_datetimes_and_ties():
     df = pd.DataFrame({'user':['a']*4, 'item':['w','x','y','z'], 'timestamp':pd.to_datetime(['2024-01-02','2024-01-01','2024-01-02','2024-01-01'])})
-    dls = SeqDataLoaders.from_df(df, bs=2)
-    eq(dls.vocab.decode(dls.hist[1]).tolist(), ['x','z','w','y'])
+    for times in (df.timestamp, df.timestamp.astype(str), df.timestamp.dt.day.map({1:'9', 2:'10'})): # by its letters, 10 would come first
+        dls = SeqDataLoaders.from_df(df.assign(timestamp=times), bs=2)
+        eq(dls.vocab.decode(dls.hist[1]).tolist(), ['x','z','w','y'])
+    with pytest.raises(ValueError, match='1 rows have no time'): SeqDataLoaders.from_df(df.assign(timestamp=df.timestamp.where(df.index>0)), bs=2)
 
 def test_metric_matches_evaluate():
     dls = SeqDataLoaders.from_df(visits(60), max_len=50, bs=3, seed=3)
