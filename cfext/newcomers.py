@@ -242,7 +242,7 @@ def _new_rows(dls, df, names):
     ok = y>=ifnone(least, -torch.inf)
     if not ok.any(): raise ValueError(f"none of the {len(df)} rows has a rating of at least {least:g}, below which rows of these loaders are no choices (`positives`)")
     if least is not None: y = torch.ones(len(df))
-    w = None if dls.weight_name is None else _targets(df[dls.weight_name], 'weight_name')
+    w = _targets(df[dls.weight_name], 'weight_name') if dls.weight_name in df else None
     if w is not None and ((w<0).any() or not w[ok].any()): raise ValueError(f"`weight_name`={dls.weight_name!r} should be at least 0 in all rows and above it in some; here it runs from {w.min():g} to {w.max():g}")
     classes = {n: _more_ids(m, df[n][ok.numpy()]) if n in names else m for n,m in ds.classes.items()}
     x = torch.stack([torch.from_numpy(classes[n].encode(df[n])) for n in ds.cat_names], 1)
@@ -252,7 +252,7 @@ def _new_rows(dls, df, names):
 
 @patch
 def fold_in(self:CFLearner,
-    interactions:pd.DataFrame, # rows with the loaders' columns of users, items, ratings and weights
+    interactions:pd.DataFrame, # rows with the loaders' columns of users, items and ratings; without that of their weights, if any, each has the usual one
     role:str='user', # the side whose rows are solved for: 'user' or 'item'
     *,
     how:str|None=None, # 'ridge' for ratings, 'ials' for `IALS`, 'steps' for ranking losses; None: as the model was fitted
@@ -266,7 +266,7 @@ def fold_in(self:CFLearner,
     ds,model = self.dls.train_ds,_flat(self.model)
     how = _kind(self, model, how)
     j = ('user','item').index(check_choice(role, 'role', ('user','item')))
-    check_cols(interactions, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name, weight_name=self.dls.weight_name)
+    check_cols(interactions, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
     name,other,odd = ds.cat_names[j],ds.cat_names[1-j],('item','user')[j]
     known = ds.classes[other].encode(interactions[other])>0
     check_kinds(interactions[other][~known], ds.classes[other].ids, f"column {other!r} holds ids")
@@ -286,7 +286,7 @@ def fold_in(self:CFLearner,
 # %% ../nbs/10b_newcomers.ipynb #56081f98
 @patch
 def partial_fit(self:CFLearner,
-    rows:pd.DataFrame, # new rows with the loaders' columns of users, items, ratings and weights, of known and new ids
+    rows:pd.DataFrame, # new rows with the loaders' columns of users, items and ratings, and weights if any, of known and new ids
     *,
     known:bool=True, # also solve anew for known users that the rows name?
     rounds:int=2, # times that items and then users are solved for
@@ -298,7 +298,7 @@ def partial_fit(self:CFLearner,
     "Learn from new rows: add users and items, and solve for those and for the known users that are named"
     ds,model = self.dls.train_ds,_flat(self.model)
     how,old = _kind(self, model, how),model
-    check_cols(rows, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name, weight_name=self.dls.weight_name)
+    check_cols(rows, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
     if not len(rows): raise ValueError("`rows` is an empty frame: there is nothing to learn from")
     new,low = _new_rows(self.dls, rows, ds.cat_names)
     x,classes,dls,todo,solved = new.x.long(),new.classes,_with_rows(self.dls, new, low),{},{}
