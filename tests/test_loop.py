@@ -359,6 +359,21 @@ class TestGpu:
         learn.__class__ = CFLearner
         with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.01)
         assert capsys.readouterr().out.count('could not be captured')==1 and len(learn.recorder.losses)==2*len(learn.dls.train)
+    @pytest.mark.parametrize('aside', [False,True])
+    @pytest.mark.parametrize('ranks', [False,True])
+    def test_rows_that_are_sent_train_as_those_that_are_there(self, ranks, aside, capsys):
+        "By the generator of another device their order is another; on a stream of the caller's too"
+        ends = []
+        for resident in (True,False):
+            dls = CFDataLoaders.from_df(df, item_name='title', seed=42, bs=64, device='cuda', resident=resident)
+            dls.train.block = 640
+            learn = cf_learner(dls, n_factors=5, seed=1, **(dict(loss_func=BPRLoss(), cbs=Negatives(seed=4)) if ranks else dict(y_range=(0.5,5.5))))
+            own = torch.cuda.Stream() if aside else torch.cuda.current_stream()
+            own.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(own),learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(3, 0.05, wd=0.1)
+            own.synchronize()
+            ends.append(learn.recorder.values[-1][1])
+        assert ends[0]==pytest.approx(ends[1], rel=0.1) and capsys.readouterr().out.count('not captured: its rows stay in host memory')==1
 
 def test_row_adam(tmp_path):
     "Learns, turns sparse gradients off again, and goes on from a file and after an interruption"

@@ -288,6 +288,11 @@ def test_the_step_does_not_ask_the_host(mk, monkeypatch):
 @pytest.mark.parametrize('mk', [dict(unk_p=0), dict(unk_p=0, model='nn', config=wide)])
 def test_on_a_gpu(mk): check(partial(make, device='cuda', **mk), 2, 0.02, wd=0.1, atol=1e-4)
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_on_another_stream_of_a_gpu():
+    with torch.cuda.stream(torch.cuda.Stream()): check(partial(make, device='cuda', unk_p=0), 2, 0.02, wd=0.1, atol=1e-4)
+
 def unfitted(df, splitter, seed):
     dls = CFDataLoaders.from_df(df, item_name='title', splitter=splitter, seed=seed, bs=61, device='cpu')
     learn = cf_learner(dls, n_factors=4, y_range=(0.5,5.5), seed=seed)
