@@ -107,7 +107,8 @@ def save_bundle(self:CFLearner,
     manifest = dict(format=bundle_format, kind='cfext bundle', files=files, **_settings(self, model))
     old = _files(path) # read late: another process may have saved meanwhile
     with whole_file(path/'bundle.json') as f: f.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding='utf-8')
-    for o in old - {v['name'] for v in files.values()}: (path/o).unlink(missing_ok=True)
+    for o in old - _files(path): (path/o).unlink(missing_ok=True)
+    if _files(path) - {o.name for o in path.iterdir()}: return self.save_bundle(path, history=history) # what went was in another writer's bundle too
     return path
 
 def _rows(dls):

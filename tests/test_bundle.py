@@ -1,5 +1,6 @@
 "Bundles: the same predictions, whole or not at all, no code from the file"
 import ast,json,os,pickle,subprocess,sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np,pandas as pd,pytest,torch
@@ -160,6 +161,16 @@ def test_a_bundle_that_is_replaced_while_it_is_read(step, tmp_path, monkeypatch)
     monkeypatch.setattr(B, step, _inner)
     again = load_bundle(tmp_path, device='cpu')
     assert torch.equal(again.model.item_bias, new.model.item_bias) and len(calls)>1
+
+def test_writers_at_the_same_place(tmp_path):
+    "They remove what older bundles held, and never what the one that stands holds"
+    learns = [make() for _ in range(3)]
+    for j,l in enumerate(learns):
+        with torch.no_grad(): l.model.item_bias.add_(j)
+    with ThreadPoolExecutor(3) as ex: list(ex.map(lambda j: learns[j%3].save_bundle(tmp_path), np.random.default_rng(0).integers(0, 3, 150).tolist()))
+    load_bundle(tmp_path, device='cpu')
+    learns[0].save_bundle(tmp_path)
+    assert torch.equal(load_bundle(tmp_path, device='cpu').model.item_bias, learns[0].model.item_bias)
 
 def test_a_bundle_that_lacks_a_file_is_read_once(tmp_path, monkeypatch):
     calls,real = [],B._manifest
