@@ -322,10 +322,11 @@ def epoch(self:_Together, tick):
         tick(got if heard is None else heard, i-1, new)
     try:
         whole = self._whole(rows, _done, losses)
-        for a,ks,x,y,w in _pieces(rows, rows[0].bs, whole):
-            for i,x,y,w in zip(range(a, a+len(x)), self.stack.place(x, ks), y, [None]*len(x) if w is None else w):
-                losses[i,ks.start:ks.stop] = self.step(i, ks, x, y, w)
-                _done(i+1, ks, losses)
+        with _aside(self.device): # where autograd's accumulators were made
+            for a,ks,x,y,w in _pieces(rows, rows[0].bs, whole):
+                for i,x,y,w in zip(range(a, a+len(x)), self.stack.place(x, ks), y, [None]*len(x) if w is None else w):
+                    losses[i,ks.start:ks.stop] = self.step(i, ks, x, y, w)
+                    _done(i+1, ks, losses)
     finally:
         self.stack.give()
         self.adam.give()

@@ -1,6 +1,6 @@
 "What a GPU would run. Steps as it would record them, on tensors without numbers: all lie on one device, and nothing is asked of it. The rest with a stand-in: the answers are those of the processor"
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager,nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from fastcore.basics import noop
 import cfext.capture,cfext.data,cfext.kernels,cfext.learner,cfext.many
 from cfext import *
 from cfext.capture import StepGraph,capture_hurdle
-from cfext.many import _go_on,_Member,_Replay
+from cfext.many import _go_on,_Member,_Replay,_Together
 from cfext.negatives import SeenItems
 from stand_in import StandIn,gpu,move,move_learner,there
 
@@ -219,7 +219,18 @@ def test_rows_are_stepped_by_numbers(monkeypatch):
 @pytest.mark.parametrize('weights', [False,True])
 def test_many_at_once(weights, stand_in, monkeypatch):
     "Steps as they would be recorded"
-    monkeypatch.setattr(cfext.many, '_aside', lambda device: nullcontext())
+    aside = []
+    @contextmanager
+    def other(device):
+        aside.append(1)
+        try: yield
+        finally: aside.pop()
+    grads = _Together.grads
+    def watched(self, *args):
+        assert aside or self.device.type=='cpu', 'autograd would remember the stream of the caller, which cannot be recorded'
+        return grads(self, *args)
+    monkeypatch.setattr(_Together, 'grads', watched)
+    monkeypatch.setattr(cfext.many, '_aside', other)
     monkeypatch.setattr(_Replay, 'record', lambda self: None)
     make = lambda: [learner(MSELossFlat(), weights=weights, flat=True, seed=s, unk_p=0) for s in (1,2)]
     near,far = make(),make()
