@@ -177,15 +177,18 @@ def _bundle_model(d, model, state):
     return model
 
 # %% ../nbs/14_bundle.ipynb #446bc508
-def _read(path, tries=20):
-    "The manifest, its files, their tensors and ids; from the start where another bundle took the place of this one meanwhile"
-    stamp = lambda: ((s := (path/'bundle.json').stat()).st_ino, s.st_mtime_ns) if (path/'bundle.json').is_file() else None
+def _read(path):
+    "The manifest, its files, their tensors and ids"
+    d = _manifest(path)
+    f = {k: path/Path(o['name']).name for k,o in d['files'].items()}
+    return d,f,load_file(f['tensors']),json.loads(f['ids'].read_text(encoding='utf-8'))
+
+def _steadily(manifest, f, tries=20):
+    "What `f` reads, from the start where the manifest was replaced meanwhile"
+    stamp = lambda: ((s := manifest.stat()).st_ino, s.st_mtime_ns) if manifest.is_file() else None
     for j in range(tries):
         was = stamp()
-        try:
-            d = _manifest(path)
-            f = {k: path/Path(o['name']).name for k,o in d['files'].items()}
-            return d,f,load_file(f['tensors']),json.loads(f['ids'].read_text(encoding='utf-8'))
+        try: return f()
         except (BundleError,OSError):
             if j==tries-1 or stamp()==was: raise
 
@@ -198,7 +201,7 @@ def load_bundle(
 )->CFLearner:
     "Read a bundle into a learner that predicts as the saved one did; no code from the files is run"
     path = Path(path)
-    d,f,t,ids = _read(path)
+    d,f,t,ids = _steadily(path/'bundle.json', lambda: _read(path))
     with _told(f"{f['ids']} is not of the columns {d['user_name']!r} and {d['item_name']!r}"): classes = {n: IdMap(_ids_from_json(ids[str(n)])) for n in (d['user_name'], d['item_name'])}
     none,at = torch.zeros(0, 2, dtype=torch.int32),{j: t[f'valid.unknown{j}'].numpy() for j in (0,1) if f'valid.unknown{j}' in t}
     with _told(f"{f['ids']} does not fit the held-out rows"): lost = {j: pd.Series(_ids_from_json(o), i, dtype=object) for (j,i),o in zip(at.items(), ids.get('#held out', []))}

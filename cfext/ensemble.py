@@ -29,6 +29,7 @@ from .recommend import *
 from .evaluation import *
 from .blend import *
 from .bundle import *
+from .bundle import _steadily
 from .folds import *
 
 # %% ../nbs/14c_ensemble.ipynb #5a8e5c0e
@@ -435,6 +436,17 @@ def save_bundle(self:Ensemble,
     for o in old: shutil.rmtree(o)
     return path
 
+def _load(f, **kwargs):
+    "An ensemble from its manifest"
+    if not f.is_file(): raise BundleError(f"{f.parent} holds no ensemble (no ensemble.json in it): make one with ens.save_bundle({str(f.parent)!r})")
+    try: d = json.loads(f.read_text(encoding='utf-8'))
+    except ValueError as e: raise BundleError(f"{f} is not readable as JSON ({e}); save the ensemble again") from e
+    if not isinstance(d, dict) or d.get('kind')!='cfext ensemble' or d.get('format')!=1: raise BundleError(f"{f} is not the manifest of an ensemble that this version reads")
+    miss = {'members','weights','method','clip','merges'}-set(d)
+    if miss: raise BundleError(f"{f} lacks {', '.join(sorted(miss))}; save the ensemble again")
+    members = {n: f.parent/Path(o).name for n,o in d['members'].items()}
+    return Ensemble(members, d['weights'], d['method'], clip=d['clip'], kind=d['merges'], **kwargs)
+
 def load_ensemble(
     path:str|Path, # folder that `Ensemble.save_bundle` wrote
     *,
@@ -443,11 +455,4 @@ def load_ensemble(
 )->Ensemble:
     "Read an ensemble that predicts as the saved one did; no code from the files is run"
     f = Path(path)/'ensemble.json'
-    if not f.is_file(): raise BundleError(f"{path} holds no ensemble (no ensemble.json in it): make one with ens.save_bundle({str(path)!r})")
-    try: d = json.loads(f.read_text(encoding='utf-8'))
-    except ValueError as e: raise BundleError(f"{f} is not readable as JSON ({e}); save the ensemble again") from e
-    if not isinstance(d, dict) or d.get('kind')!='cfext ensemble' or d.get('format')!=1: raise BundleError(f"{f} is not the manifest of an ensemble that this version reads")
-    miss = {'members','weights','method','clip','merges'}-set(d)
-    if miss: raise BundleError(f"{f} lacks {', '.join(sorted(miss))}; save the ensemble again")
-    members = {n: Path(path)/Path(o).name for n,o in d['members'].items()}
-    return Ensemble(members, d['weights'], d['method'], clip=d['clip'], kind=d['merges'], device=device, in_turn=in_turn)
+    return _steadily(f, lambda: _load(f, device=device, in_turn=in_turn))

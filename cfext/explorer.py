@@ -177,9 +177,10 @@ def newcomer(self:Explorer,
     ranks = isinstance(self.learn.loss_func, RankingLoss) # its rows are found by steps, without a prior of ratings
     if not ranks and not hasattr(self, '_prior'):
         ds = self.learn.dls.train_ds
-        self._prior = RowPrior(self.plain, ds.subset(torch.arange(0, len(ds), max(1, len(ds)//1_000_000), device=ds.x.device)))
+        prior = RowPrior(self.plain, ds.subset(torch.arange(0, len(ds), max(1, len(ds)//1_000_000), device=ds.x.device)))
         lo,hi = self.learn.model.y_range or (0., 5.)
-        if not len(ds): self._prior.noise = torch.tensor(((hi-lo)/5)**2, device=self._prior.mean.device)
+        if not len(ds): prior.noise = torch.tensor(((hi-lo)/5)**2, device=prior.mean.device)
+        self._prior = prior # whole before another thread may see it
     who = 'new user' if self.users.dtype==object or not pd.api.types.is_numeric_dtype(self.users) else int(self.users.max())+1
     if who!='new user' and who>np.iinfo(np.int64).max: who = next(i for i in range(len(self.users)+1) if i not in self.users)
     df = pd.DataFrame({self.user_name:who, self.item_name:self.items.take(list(ratings)), self.learn.dls.train_ds.rating_name or 'rating':list(ratings.values())})

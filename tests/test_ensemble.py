@@ -494,6 +494,18 @@ def test_a_folder_that_only_looks_like_a_member_is_left_alone(members, tmp_path)
     for _ in range(2): Ensemble(members).save_bundle(tmp_path)
     assert (tmp_path/'members-2024'/'names.txt').exists() and len(list(tmp_path.iterdir()))==len(members)+2
 
+def test_an_ensemble_that_is_replaced_while_it_is_read(df, members, tmp_path, monkeypatch):
+    import cfext.ensemble as E
+    real,calls = E.load_bundle,[]
+    Ensemble(members[:2]).save_bundle(tmp_path)
+    def _inner(*args, **kwargs):
+        calls.append(args)
+        if len(calls)==2: Ensemble(members).save_bundle(tmp_path)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(E, 'load_bundle', _inner)
+    again = load_ensemble(tmp_path, device='cpu')
+    assert len(again)==len(members)==len(calls)-2 and torch.equal(again.predict(df[:5])[1], Ensemble(members).predict(df[:5])[1])
+
 def test_learners_and_bundles_and_pretrained(df, members, tmp_path):
     members[0].save_bundle(tmp_path/'a')
     ens = Ensemble([tmp_path/'a', str(tmp_path/'a'), members[1]], device='cpu')

@@ -159,6 +159,16 @@ def test_a_new_user_beside_the_largest_id(top, quiet):
     assert who not in ex.users and len(ex.lists(new, who, 5))==5
     assert TestClient(explore_app(ex), base_url='http://localhost').get(f'/user?id={top}').status_code==200
 
+def test_the_prior_is_whole_before_it_is_shared(tmp_path):
+    "Threads that ask for a new user while the first one works it out"
+    class Spy(Explorer):
+        def __setattr__(self, k, v):
+            assert k!='_prior' or not v.noise.isnan()
+            super().__setattr__(k, v)
+    make(tmp_path, history=False)
+    ex = Spy(tmp_path)
+    assert len(ex.lists(*ex.newcomer({2:5., 7:1.}), 5))==5
+
 def test_long_titles_are_cut_where_they_are_reasons(client):
     r = client.get('/new?r=2:5')
     whys = re.findall('class="why">.*?</small>', r.text, re.S)
