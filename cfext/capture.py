@@ -159,7 +159,7 @@ class StepGraph:
 def _end_pool(pool):
     "Tell the allocator that a capture has ended, as PyTorch before 2.12 does not where it failed: memory could not be emptied again, nor anything recorded"
     dev = torch.cuda.current_device()
-    with suppress(RuntimeError): # it knows
+    with suppress(RuntimeError,AttributeError): # it knows, or has another name for this
         torch._C._cuda_endAllocateToPool(dev, pool)
         torch._C._cuda_releasePool(dev, pool)
 
