@@ -75,7 +75,7 @@ class SWA(_Averaged):
 
 class EMA(_Averaged):
     "Keep an exponential moving average of the weights, and validate with it"
-    buffers = True
+    lean,buffers = True,True
     def __init__(self,
         decay:float=0.99, # share of the average that is kept at each batch, 0 to 1; .99 looks back about 100 batches
     ):
@@ -120,6 +120,7 @@ class _Keeps(Callback):
 # %% ../nbs/07b_averaging.ipynb #2331c6ff
 class Snapshots(_Keeps):
     "Keep the weights at each bottom of the learning rate and at the end of the fit"
+    lean = True
     def begin(self): self.last,self.falling = None,False
     def before_batch(self):
         if not (self.training and self.active): return
@@ -296,7 +297,7 @@ def before_train(self:GibbsMF):
 # %% ../nbs/07b_averaging.ipynb #8ed8f166
 class Langevin(_Keeps):
     "Draw any ratings model from its posterior by (cyclical) stochastic gradient Langevin dynamics, in place of the optimizer"
-    order = 75
+    order,lean = 75,True
     def __init__(self,
         eps:float=0.5, # step size, in units of a row's posterior variance; the largest one of a cycle. `eps` times batches an epoch should stay below about 15
         tau:float=1.5, # precision of the ratings, one over the variance of their noise

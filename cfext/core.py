@@ -99,8 +99,8 @@ def kind_hint(
     sure:bool=False, # only where most of `ids` are known in their other form?
 )->str: # '' where they are of the same type
     "Say that ids are of another type than the known ones, and the mend if that would make them known"
-    ids = [plain(o) for o in pd.unique(pd.Series(ids, copy=False).dropna())[:1000]]
-    types = {type(o).__name__ for o in ids[:5]} - {type(o).__name__ for o in known[:5].tolist()}
+    ids = [plain(o) for o in pd.Index(pd.unique(pd.Series(ids, copy=False).dropna()))[:1000]]
+    types = {type(o).__name__ for o in ids} - {type(plain(o)).__name__ for o in known[:1000]}
     there = bool(types) and (known.get_indexer(pd.Index([_other_form(o) for o in ids]))>=0).mean()>0.5
     if not types or sure and not there: return ''
     mend = f": convert them with .astype({'str' if isinstance(known[0], str) else known.dtype.name!r})" if there else ''

@@ -20,7 +20,7 @@ from .data import *
 from .models import *
 from .losses import *
 from .negatives import *
-from .loop import _asks,_Books,_fused_kind,batch_events,lay_out,FusedAdam
+from .loop import _asks,_Books,_fused_kind,_says,lay_out,FusedAdam
 
 # %% ../nbs/05c_factors.ipynb #29cc571c
 class FactorGrad:
@@ -213,12 +213,6 @@ _grads = {**dict.fromkeys(_ranking, PairGrad), FullSoftmaxLoss: SoftmaxGrad}
 
 def _negatives(learn): return first(cb for cb in learn.cbs if type(cb) is Negatives and cb.run)
 
-def _by_rows(cb):
-    "Does `on_rows` say all that a callback does to a batch? A subclass may have events that it knows nothing of"
-    where = lambda name: next((i for i,c in enumerate((cb,*type(cb).__mro__)) if name in vars(c)), None)
-    at = where('on_rows')
-    return at is not None and all(at<=i for e in batch_events.items if (i := where(e)) is not None)
-
 def factor_hurdle(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 )->str|None: # what is in the way, None: nothing
@@ -233,7 +227,7 @@ def factor_hurdle(
     if _fused_kind(learn.opt) is None: return "the optimizer is not fastai's Adam"
     if type(dl) is not ResidentDL or dl.dataset.y is None: return f"the loader is {type(dl).__name__}, or has no targets"
     if any(len(getattr(getattr(dl, o, None), 'fs', ())) for o in ('after_item','before_batch','after_batch')): return "the loader has transforms"
-    cbs = [cb.name for cb in _row_cbs(learn) if not (_by_rows(cb) or ranks and type(cb) is Negatives)]
+    cbs = [cb.name for cb in _row_cbs(learn) if not (_says(cb, 'on_rows') or ranks and type(cb) is Negatives)]
     if cbs: return f"these callbacks act on each batch: {', '.join(cbs)}"
 
 def _row_cbs(learn):

@@ -8,7 +8,6 @@ __all__ = ['CatView', 'cat_view', 'biases', 'show_biases', 'show_item_map', 'des
 
 # %% ../nbs/11b_interpret.ipynb #5f9aa900
 from collections.abc import Mapping,Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -309,7 +308,7 @@ def _code(classes, o):
 def _gradients(model, role, code, others):
     "Predictions (m,) for `code` with each of `others`, their gradients (m,f) by the factors of `code`, and these (f,)"
     if isinstance(model, BuiltFactors): model = BuiltFactors.without_rows(model)
-    model = deepcopy(model, {id(o):o for o in (*model.parameters(), *model.buffers())}) # the same tensors: `functional_call` swaps them, and threads share the model
+    model = shared_copy(model) # `functional_call` swaps its tensors, and threads share the model
     tables,where = list(emb_tables(model).values())[role],{id(p):n for n,p in model.named_parameters()}
     if not tables: raise ValueError(f"{type(model).__name__} has no factors of users and items: there is nothing to explain its predictions by")
     rows = [t[code].detach().expand(len(others), -1).clone() for t in tables]

@@ -7,8 +7,8 @@ __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
 # %% ../nbs/06_learner.ipynb #082a6c56
 import inspect,warnings
-from copy import copy
 from operator import attrgetter
+from threading import Lock
 
 import numpy as np,pandas as pd
 import torch
@@ -124,10 +124,17 @@ class CFLearner(Learner):
         self.__dict__.pop('_step_graph', None)
         super()._end_cleanup()
     def _around(self, model):
-        "The same learner around another model, with callbacks of its own"
+        "This learner around a copy of `model`, for predictions, with callbacks of its own; threads may ask, or train, this one meanwhile"
         res = object.__new__(type(self))
-        res.__dict__.update(self.__dict__, model=model, cbs=L()) # in one step, since threads may be at work on this one
-        return res.add_cbs([copy(cb) for cb in self.cbs])
+        res.__dict__.update(self.__dict__, model=shared_copy(model).eval(), cbs=L(), lock=Lock(), training=False, epoch=0)
+        for cb in self.cbs:
+            if type(cb) is TrainEvalCallback: continue # it would move the tensors
+            own = object.__new__(type(cb)) # as it is, whatever it leaves out of a pickle
+            own.__dict__.update(vars(cb))
+            own.learn = res
+            res.cbs.append(own)
+            if vars(res).get(cb.name) is cb: setattr(res, cb.name, own)
+        return res
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         if getattr(dl, 'unk', None)=='mean' and (dl.dataset.x==0).any(): self = self._around(mean_unknown(self.model))
         rec = getattr(self, 'recorder', None)

@@ -34,7 +34,11 @@ _device_events = {'before_batch','after_pred','after_loss','before_backward','be
 
 def _runs(cb, training): return cb.run and (cb.run_train if training else cb.run_valid)
 def _acts(cb, event): return event in vars(cb) or hasattr(type(cb), event) # not hasattr(cb): it would ask the learner too, which takes its time
-def _says(cb, name): return _acts(cb, name) and getattr(cb, name)
+def _says(cb, name):
+    "Does a callback say so of itself? A subclass with batch events of its own has to say it again"
+    where = lambda n: next((i for i,c in enumerate((cb,*type(cb).__mro__)) if n in vars(c)), None)
+    at = where(name)
+    return at is not None and bool(getattr(cb, name)) and all(at<=i for e in batch_events.items if (i := where(e)) is not None)
 def _joins(cb): return type(cb) in _asked or _says(cb, 'on_device') or _says(cb, 'lean')
 
 def batch_needs(

@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['score_by_forward', 'CFModel', 'check_fits', 'DotProduct', 'DotProductBias', 'CollabNN', 'EmbeddingNet', 'emb_tables',
-           'mean_unknown']
+           'shared_copy', 'mean_unknown']
 
 # %% ../nbs/03_models.ipynb #349e6250
-from copy import deepcopy
-
 import torch
 from torch import nn,Tensor
 from torch.nn import functional as F
@@ -225,6 +223,21 @@ def emb_tables(
     return {r: [getattr(model, f'{r}_{o}') for o in ('factors','bias') if getattr(model, f'{r}_{o}', None) is not None]
             for r in ('user','item')}
 
+# %% ../nbs/03_models.ipynb #f17da191
+def shared_copy(
+    model:nn.Module, # left as it is
+)->nn.Module: # the same parameters and buffers, in modules of its own
+    "Return a copy whose mode and whose choice of tensors are its own"
+    seen = {}
+    def one(m):
+        if id(m) in seen or '_modules' not in vars(m): return seen.get(id(m), m)
+        res = seen[id(m)] = object.__new__(type(m))
+        res.__dict__.update(m.__dict__)
+        for k in ('_parameters','_buffers','_modules'): res.__dict__[k] = m.__dict__[k].copy()
+        for n,o in m._modules.items(): res._modules[n] = o and one(o)
+        return res
+    return one(model)
+
 # %% ../nbs/03_models.ipynb #130dc52a
 def mean_unknown(
     model:nn.Module, # a model with tables that `emb_tables` finds
@@ -233,5 +246,7 @@ def mean_unknown(
     if hasattr(model, 'mean_row'): return model.mean_row()
     tables = [t for ts in emb_tables(model).values() for t in ts]
     if not tables: raise ValueError(f"{type(model).__name__} has no tables of users and items that are known here: use unk='na' or 'raise'")
-    own = lambda t: nn.Parameter(torch.cat([t[1:].mean(0, keepdim=True), t[1:]]).detach(), False)
-    return deepcopy(model, {**{id(o):o for o in (*model.parameters(), *model.buffers())}, **{id(t):own(t) for t in tables}})
+    own,res = {id(t): nn.Parameter(torch.cat([t[1:].mean(0, keepdim=True), t[1:]]).detach(), False) for t in tables},shared_copy(model)
+    for m in res.modules():
+        for ts in (m._parameters, m._buffers): ts.update({k: own[id(t)] for k,t in ts.items() if id(t) in own})
+    return res

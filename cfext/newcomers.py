@@ -149,7 +149,7 @@ def _more_ids(m, ids):
     if is_integer_dtype(m.ids) and is_float_dtype(fresh): # the known ids would become floats too, and from 2**53 on these have lost digits
         if (odd := fresh[(fresh%1!=0)|(abs(fresh)>=2**53)]).size: raise TypeError(f"new ids such as {plain(odd[0])!r} among known ones that are whole numbers, such as {plain(m.ids[0])!r}")
         fresh = fresh.astype(np.int64)
-    elif len(fresh) and number(m.ids)!=number(fresh):
+    elif len(fresh) and number(m.ids)!=number(fresh) and not infer_dtype(m.ids).startswith('mixed'):
         raise TypeError(f"new ids such as {plain(fresh[0])!r} ({type(plain(fresh[0])).__name__}) among known ones such as {plain(m.ids[0])!r} ({type(plain(m.ids[0])).__name__}): give them the same type")
     if not len(fresh): return IdMap(m.ids)
     mixed = fresh.dtype!=m.ids.dtype # int64 and uint64 would become floats
@@ -240,7 +240,7 @@ def _new_rows(dls, df, names):
     ds,least = dls.train_ds,dls.at_least
     y = torch.ones(len(df)) if ds.rating_name is None else _targets(df[ds.rating_name], 'rating_name')
     ok = y>=ifnone(least, -torch.inf)
-    if not ok.any(): raise ValueError(f"none of the {len(df)} rows has a rating of at least {least:g}, below which rows of these loaders are no choices (`positives`)")
+    if not ok.any(): raise ValueError(f"none of the {len(df)} rows has a rating of at least {least:g}, below which rows of these loaders are no choices (`positives`): pass rows with the ratings as they were given")
     if least is not None: y = torch.ones(len(df))
     w = _targets(df[dls.weight_name], 'weight_name') if dls.weight_name in df else None
     if w is not None and ((w<0).any() or not w[ok].any()): raise ValueError(f"`weight_name`={dls.weight_name!r} should be at least 0 in all rows and above it in some; here it runs from {w.min():g} to {w.max():g}")

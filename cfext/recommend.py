@@ -219,7 +219,8 @@ def id_pairs(
         own = [_as_index(v) for v in sets.values()]
         sets = pd.DataFrame({user: pd.Index(list(sets)).repeat([len(v) for v in own]), item: [i for v in own for i in v]})
     check_cols(sets, user_name=user, item_name=item)
-    check_kinds(sets[user], dls.classes[user].ids, "the sets are of users")
+    own = pd.unique(sets[user])
+    check_kinds(own[dls.classes[user].encode(own)==0], dls.classes[user].ids, "the sets are of users")
     left = pd.DataFrame({user: ids, '_row': np.arange(len(ids))})
     try: both = left.merge(sets[[user,item]], on=user) if len(sets) else left.iloc[:0].assign(**{item: []})
     except ValueError: raise TypeError(f"the sets are of users such as {plain(sets[user].iloc[0])!r}, and the users asked for are such as {plain(ids[0])!r}: give both as the same kind of value") from None

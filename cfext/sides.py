@@ -69,7 +69,7 @@ def encode_sides(
     check_cols(df, id_name=id_name, **{f'feature {j}':c['name'] for j,c in enumerate(spec)})
     if (dup := df[id_name].duplicated()).any(): raise ValueError(f"{int(dup.sum())} ids have more than one row of features (first: {plain(df[id_name][dup].iloc[0])!r})")
     at = pd.Index(df[id_name]).get_indexer(ids)
-    check_kinds(df[id_name], ids, f"column {id_name!r} of the features holds ids")
+    check_kinds(df[id_name][~df[id_name].isin(ids)], ids, f"column {id_name!r} of the features holds ids")
     rows,n = df.iloc[at[at>=0]],len(ids)
     there = torch.from_numpy(at>=0)
     miss,codes,weights,nums,base = {'ids without a row':int((at<0).sum()), 'empty cells':0, 'unknown levels':0},[],[],[],1

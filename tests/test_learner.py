@@ -250,6 +250,38 @@ def test_columns_in_place_of_pairs(df):
         with pytest.raises(ValueError, match=r'expected pairs \(user, title\), got a tuple of .*: pass a frame, or list\(zip'): learn.predict(cols)
     assert torch.equal(learn.predict(list(zip(u, t)))[2], learn.predict(df[:2])[2])
 
+def test_predictions_beside_training(df):
+    "They switch no mode, move no tensor, and do not wait for a lock that a training thread holds"
+    learn = fitted(loaders(df), model='nn')
+    learn.remove_cbs(ProgressCallback)
+    learn.model.train()
+    want,p = learn.predict(df[:5])[2],learn.model.layers[0].weight if hasattr(learn.model, 'layers') else next(learn.model.parameters())
+    assert all(m.training for m in learn.model.modules())
+    modes,go = [],True
+    class Look(Callback):
+        def after_pred(self):
+            if self.training: modes.append(self.learn.model.training)
+    def ask():
+        while go: assert learn.predict(df[:5])[2].isfinite().all()
+    with ThreadPoolExecutor(2) as ex:
+        jobs = [ex.submit(ask) for _ in range(2)]
+        try:
+            with learn.no_bar(),learn.no_logging(): learn.fit(3, 1e-3, cbs=Look())
+        finally: go = False
+        for j in jobs: j.result(60)
+    assert len(modes)==3*len(learn.dls.train) and all(modes)
+    with learn.lock: assert learn.predict(df[:5])[2].shape==want.shape
+
+def test_callbacks_are_copied_for_predictions_as_they_are(df):
+    class Lock(Callback):
+        def __init__(self): self.out = open
+        def __getstate__(self): return {}
+        def after_pred(self): assert self.out is open
+    learn = fitted(loaders(df))
+    want = learn.predict(df[:5])[2]
+    learn.add_cb(Lock())
+    assert torch.equal(learn.predict(df[:5])[2], want) and learn.cbs[-1].learn is learn
+
 def test_planted_factors_are_found():
     "Item factors recover the planted ones up to a linear map's rotation (Procrustes), biases follow the planted biases"
     df,truth = synth_ratings(400, 120, 24_000, n_factors=3, noise=0.3, step=None, seed=1, with_truth=True)

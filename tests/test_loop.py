@@ -622,14 +622,25 @@ def test_whoever_hears_everything_or_changes_the_learner_gets_fastais_loop(capsy
     assert len(stepped)==len(learn.dls.train)
 
 def test_a_subclass_with_events_of_its_own_is_asked():
+    "It gets fastai's loop, unless it says of itself that it can do without; then the step is not written out"
     class Counted(IdDropout):
         n = 0
         def after_pred(self): self.n += 1
-    learn = make('lean', cbs=lambda: Counted(0.1, 1))
-    learn.__class__ = CFLearner
-    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
-    assert learn.counted.n==len(learn.dls.train)+len(learn.dls.valid)
-    learn.dl = learn.dls.train
-    assert 'counted' in factor_hurdle(learn)
-    learn.remove_cb(Counted).add_cb(IdDropout(0.1, 1))
+    class Joins(Counted):
+        lean = True
+        def after_pred(self): super().after_pred()
+    class Looks(EMA):
+        def after_batch(self):
+            if self.training: self.seen = [*getattr(self, 'seen', []), self.train_iter]
+    for cb in (Counted,Joins):
+        learn = make('lean', cbs=lambda: cb(0.1, 1))
+        learn.__class__ = CFLearner
+        with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.01)
+        assert getattr(learn, cb.__name__.lower()).n==len(learn.dls.train)+len(learn.dls.valid)
+        learn.dl = learn.dls.train
+        assert batch_needs(learn)==({'counted':['before_batch','after_pred']} if cb is Counted else {})
+        assert cb is Counted or 'joins' in factor_hurdle(learn)
+    learn.remove_cb(Joins).add_cb(IdDropout(0.1, 1))
     assert factor_hurdle(learn) is None
+    learn = fit('lean', lambda l: l.fit(1, 0.01), cbs=Looks)
+    assert learn.looks.seen==list(range(1, len(learn.dls.train)+1))

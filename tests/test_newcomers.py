@@ -386,3 +386,11 @@ def test_one_unknown_item_is_one_right_answer():
     other = later.assign(item=['N','M','c'])
     held = lambda d: HeldOut(learn.dls, _split_rows(learn, d)[0])
     assert [len(held(d).targets[:,1].unique()) for d in (later, other)]==[2,3]
+
+def test_a_catalogue_of_numbers_and_text_takes_both():
+    df = synth_ratings(40, 30, 500, seed=1)
+    df['user'] = df.user.map(lambda o: f'guest{o}' if o%9==1 else o).astype(object)
+    learn = cf_learner(CFDataLoaders.from_df(df, item_name='title', seed=1, device='cpu'), n_factors=3, seed=0)
+    new = pd.DataFrame({'user':pd.Series([999,'guest999'], dtype=object), 'title':df.title[:2].tolist(), 'rating':[4.,2.]})
+    assert learn.fold_in(new).recommend([999,'guest999'], k=2).user.tolist()==[999,999,'guest999','guest999']
+    assert 999 in learn.fold_in(new[:1].astype({'user':int})).dls.classes['user'].ids

@@ -339,3 +339,18 @@ def test_a_frame_or_a_dict_is_no_list_of_ids():
         for f in (learn.recommend,learn.similar_items,learn.similar_users):
             with pytest.raises(TypeError, match=f'one id or several, got a {type(odd).__name__}: pass its column'): f(odd)
     assert learn.recommend(df.user[:3], k=2).user.nunique()==df.user[:3].nunique()
+
+@pytest.mark.parametrize('ids', [lambda u: u.map(lambda o: f'guest{o}' if o%9==1 else o).astype(object), lambda u: pd.to_datetime(u, unit='D'), lambda u: pd.to_timedelta(u, unit='D')],
+                         ids=['mixed','dates','spans'])
+def test_sets_of_users_of_any_kind(ids):
+    "What the model knows is not taken for ids of another type, whichever comes first"
+    df = synth_ratings(40, 30, 400, seed=1)
+    df['user'] = ids(df.user)
+    learn = cf_learner(CFDataLoaders.from_df(df, seed=1, device='cpu'), n_factors=3, seed=0)
+    users = sorted(df.user.drop_duplicates(), key=str)[-3:] # guests
+    free = learn.recommend(users, k=5)
+    barred = free.groupby('user', sort=False).item.first()
+    res = learn.recommend(users, k=4, exclude={u: [i] for u,i in barred.items()})
+    assert res.item.tolist()==[i for _,g in free.groupby('user', sort=False) for i in g.item[1:]]
+    cands = pd.DataFrame({'user':free.user, 'item':free.item})
+    assert learn.recommend(users, k=5, candidates=cands).item.tolist()==free.item.tolist()
