@@ -221,14 +221,18 @@ def read_ratings(
 def _check_pct(valid_pct):
     if not 0<=valid_pct<1: raise ValueError(f"`valid_pct`={valid_pct} should be a share of the rows, at least 0 and below 1")
 
+_joined = r'(?:0[1-9]|[12]\d|3[01]){2}(?:19|20)?\d\d' # a day, a month and a year, as in 05012020
+
 def _text_times(col):
-    "Text as numbers or, where some begin with 0 or are none, as ISO 8601 dates"
-    if not (text := col.astype(str)).str.match(r'0\d').any():
+    "Text as numbers or, where it is none or may be days written without separators, as ISO 8601 dates"
+    text = col.astype(str)
+    some = text[there := col.notna() & (text!='')]
+    if not some.str.match(r'0\d').any() or some.str.fullmatch(r'\d+').all() and not some.str.fullmatch(_joined).all():
         with suppress(ValueError,TypeError): return pd.to_numeric(col)
-    t = pd.to_datetime(col, format='ISO8601', utc=True, errors='coerce')
-    if (odd := text[t.isna() & col.notna() & (text!='')]).empty: return t
-    raise ValueError(f"`time_name`={col.name!r} holds text that is neither numbers nor dates like 2020-01-31, such as {odd.iloc[0]!r}, and by its letters it "
-                     f"would not be in the order of time: convert it with `pd.to_datetime(df[{col.name!r}], format=...)`")
+    t = pd.to_datetime(text.str.removesuffix(' UTC'), format='ISO8601', utc=True, errors='coerce')
+    if (odd := text[t.isna() & there]).empty: return t
+    raise ValueError(f"`time_name`={col.name!r} holds text such as {odd.iloc[0]!r}, which is read as neither numbers nor dates like 2020-01-31: "
+                     f"convert it with `pd.to_datetime(df[{col.name!r}], format=...)`")
 
 def _times(df, time_name):
     "The column of times as values that sort by time: text is read, ordered categories count by their order"
@@ -236,7 +240,9 @@ def _times(df, time_name):
     if getattr(col.dtype, 'ordered', False): t = col.cat.codes.where(col.notna())
     else:
         t = col.astype(object).infer_objects() if isinstance(col.dtype, pd.CategoricalDtype) else col
-        if pd.api.types.infer_dtype(t) in ('string','bytes','mixed','mixed-integer'): t = _text_times(t)
+        kind = pd.api.types.infer_dtype(t)
+        if kind=='date': t = t.map(str, na_action='ignore') # with datetimes among them they could not be compared
+        if kind in ('string','bytes','mixed','mixed-integer'): t = _text_times(t)
     if t.isna().any(): raise ValueError(f"`time_name`={col.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
     return t
 

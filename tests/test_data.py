@@ -328,7 +328,7 @@ def test_text_is_no_order_of_time(df):
         for f in ('%d/%m/%Y %H:%M','%m/%d/%Y','%b %d %Y %H','%d%m%Y'):
             odd = df.assign(timestamp=days.dt.strftime(f).astype(kind))
             for split in (TimeSplitter(.3),LastNSplitter(2),lambda o: fold_rows(o, 3, 'time'),lambda o: fold_rows(o, 3, 'past')):
-                with pytest.raises(ValueError, match=r"in the order of time: convert it with `pd.to_datetime\(df\['timestamp'\], format=...\)`"): split(odd)
+                with pytest.raises(ValueError, match=r"which is read as neither numbers nor dates like 2020-01-31: convert it with `pd.to_datetime\(df\['timestamp'\], format=...\)`"): split(odd)
     for t in (days, days.dt.tz_localize('UTC'), days.dt.date, days.astype(object), pd.Series(number, dtype='Int64'), days.dt.to_period('h'), days.astype('timestamp[ns][pyarrow]'),
               pd.Series(pd.Categorical(days.dt.strftime('%d/%m/%Y %H'), days.dt.strftime('%d/%m/%Y %H'), ordered=True))): assert held(t)[1]==want[1]
     for gap in (None,'',np.nan):
@@ -336,6 +336,24 @@ def test_text_is_no_order_of_time(df):
     for t in (df.timestamp, days, days.dt.strftime('%Y-%m-%d')):
         for ordered in (False,True):
             with pytest.raises(ValueError, match='3 rows have no time'): TimeSplitter()(df.assign(timestamp=pd.Categorical([None]*3+t[3:].tolist(), ordered=ordered)))
+
+def test_times_padded_with_zeros_and_in_utc(df, tmp_path):
+    "Digits sort as numbers, whatever they begin with, unless they may be days; a mix of dates and datetimes sorts too"
+    when = pd.Series(np.random.default_rng(0).permutation(900)*40_000)
+    days = pd.to_datetime(when+1_577_000_000, unit='s')
+    held = lambda t: [f(df.assign(timestamp=t))[1].tolist() for f in (TimeSplitter(.3),LastNSplitter(2))]
+    want = held(when)
+    for t in (when.map('{:08d}'.format), when.map('{:012d}'.format), (when//40_000).map('{:02d}'.format), (when//40_000).map('{:06d}'.format),
+              days.dt.strftime('%Y-%m-%d %H:%M:%S UTC'), days.dt.strftime('%Y-%m-%d %H:%M:%S.%f UTC').str.replace('.000000', ''), days.astype(object).where(when%80_000>0, days.map(pd.Timestamp.isoformat))):
+        for kind in (object,'string','category'): assert held(t.astype(kind))==want
+    assert held(days.dt.strftime('%Y%m%d'))==held(days.dt.date)==held(days.dt.normalize())
+    assert held(pd.Series([o if j%2 else o.date() for j,o in enumerate(days.dt.to_pydatetime())], dtype=object))==held(days.where(days.index%2==1, days.dt.normalize()))
+    with pytest.raises(ValueError, match='3 rows have no time'): held(days.dt.date.where(df.index>2))
+    for f in ('%d%m%Y','%m%d%Y','%d%m%y','%d.%m','%H:%M','%G-W%V','%Y-%m-%dT%H:%M:%S,123'):
+        with pytest.raises(ValueError, match='is read as neither numbers nor dates like 2020-01-31'): held(days.dt.strftime(f))
+    for pad in ('{:06d}','{:02d}'):
+        df.assign(timestamp=(when//40_000).map(pad.format)).to_csv(tmp_path/'pad.csv', index=False)
+        assert TimeSplitter(.3)(read_ratings(tmp_path/'pad.csv'))[1].tolist()==want[0]
 
 def test_a_column_of_a_file_has_one_type(df, tmp_path):
     "However late a letter comes; an id with leading zeros is text, another id than the number, wherever it is read"
