@@ -1124,6 +1124,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.sources._check_pct': ('sources.html#_check_pct', 'cfext/sources.py'),
                                'cfext.sources._cold_users': ('sources.html#_cold_users', 'cfext/sources.py'),
                                'cfext.sources._draw_pairs': ('sources.html#_draw_pairs', 'cfext/sources.py'),
+                               'cfext.sources._is_padded': ('sources.html#_is_padded', 'cfext/sources.py'),
                                'cfext.sources._last_n': ('sources.html#_last_n', 'cfext/sources.py'),
                                'cfext.sources._padded': ('sources.html#_padded', 'cfext/sources.py'),
                                'cfext.sources._parse_csv': ('sources.html#_parse_csv', 'cfext/sources.py'),

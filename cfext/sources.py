@@ -113,10 +113,21 @@ def _read_ml100k(path, split=None):
 
 # %% ../nbs/01a_sources.ipynb #0209947b
 def _padded(raw, sep):
-    "May a field of these bytes be a number that begins with 0, as in 007?"
-    a = np.frombuffer(raw, np.uint8)
-    at = np.flatnonzero(a[1:-1]==ord('0'))+1
-    return (np.isin(a[at-1], [*f'{sep}\n\r"'.encode()]) & (a[at+1]-48<10)).any()
+    "Is a field of these bytes a whole number that begins with 0, as in 007?"
+    raw,zero,step = raw if raw.endswith(b'\n') else raw+b'\n',ord('0'),1<<18
+    a,ends = np.frombuffer(raw, np.uint8),[*f'{sep}\n\r"'.encode()]
+    for i in range(0, len(a), step):
+        b = a[i:i+step+2]
+        at = np.flatnonzero((b[1:-1]==zero) & (b[2:]>=zero) & ((b[:-2]<=ord(','))|(b[:-2]==ord(sep))))+i+1 # quick, and lets few by
+        end = at+1
+        while (more := a[end]-zero<10).any(): end += more
+        if ((end>at+1) & np.isin(a[at-1], ends) & np.isin(a[end], ends)).any(): return True
+    return False
+
+def _is_padded(col):
+    "Do whole numbers of this column of bytes begin with 0, and has none a decimal point?"
+    v = np.asarray(col, 'S24')
+    return (np.char.startswith(v, b'0') & np.char.isdigit(v) & (v!=b'0')).any() and not (np.char.find(v, b'.')>=0).any()
 
 def _parse_csv(raw, dtype=None):
     "A frame of text in UTF-8: tab, semicolon, bar or comma by the header, numbers that begin with 0 as text"
@@ -126,8 +137,9 @@ def _parse_csv(raw, dtype=None):
     types = dtype if isinstance(dtype, dict) else {} if dtype is None else dict.fromkeys(df)
     nums = [c for c in df if c not in types and is_numeric_dtype(df[c]) and df[c].notna().any()]
     if not nums or not _padded(raw, sep): return df
-    text = read(io.BytesIO(raw), dtype={**types, **dict.fromkeys(nums, str)})[nums]
-    return df.assign(**{c: text[c] for c in nums if text[c].str.match(r'0\d').any()})
+    text = read(io.BytesIO(raw), dtype={**types, **dict.fromkeys(nums, 'S24')}) # quick, but without gaps, and cut short
+    nums = [c for c in nums if _is_padded(text[c])]
+    return df.assign(**read(io.BytesIO(raw), dtype={**types, **dict.fromkeys(nums, str)})[nums]) if nums else df
 
 def _read_csv(path, encoding='utf-8', dtype=None):
     "A table from a text file, packed or not"

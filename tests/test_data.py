@@ -371,7 +371,9 @@ def test_a_column_of_a_file_has_one_type(df, tmp_path):
     assert read_ratings(tmp_path/'pad.csv', dtype=dict(user='int32')).user.dtype=='int32' and read_ratings(tmp_path/'pad.csv', dtype=dict(item=str)).user[0]==pad.user[0]
     assert set(read_ratings(tmp_path/'pad.csv', dtype=str).dtypes)=={pd.Series(['a'], dtype=str).dtype}
     assert CFDataLoaders.from_path(tmp_path/'pad.csv', item_name='title', dtype=dict(user=float), device='cpu').classes['user'].ids.dtype=='float64'
-    for text,want in (('a,a,b\n01,1,2\n1,02,3\n',{'a':['01','1'],'a.1':['1','02'],'b':[2,3]}), ('a,b\n01,1,02\n1,2,3\n',{'a':[1,2],'b':['02','3']}), ('a,b\n0,0.5\n10,\n',{'a':[0,10]}), ('a,b\n01,\n2,\n',{'a':['01','2']})):
+    for text,want in (('a,a,b\n01,1,2\n1,02,3\n',{'a':['01','1'],'a.1':['1','02'],'b':[2,3]}), ('a,b\n01,1,02\n1,2,3\n',{'a':[1,2],'b':['02','3']}), ('a,b\n0,0.5\n10,\n',{'a':[0,10]}), ('a,b\n01,\n2,\n',{'a':['01','2']}),
+                      ('a,b\n1,06.0\n2,07.5\n',{'a':[1,2],'b':[6,7.5]}), ('a,b\n1,06\n2,7.5\n',{'b':[6,7.5]}), ('a,b,c\nx,-1,02139\ny,007,K1A\nz,3,0\n',{'b':['-1','007','3'],'c':['02139','K1A','0']}),
+                      ('a,b\n1,02/01/2020\n2,08:15\n',{'a':[1,2]}), ('a;b\n1;3\n'*1+'2;3\n'*70_000+'5;'+'0'*30+'5',{'a':[1]+[2]*70_000+[5],'b':['3']*70_001+['0'*30+'5']}), ('a,b\r\n1,"02"\r\n2,"3"\r\n',{'b':['02','3']})):
         (tmp_path/'odd.csv').write_text(text)
         got = read_ratings(tmp_path/'odd.csv')
         assert {c: got[c].tolist() for c in want}==want
