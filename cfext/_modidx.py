@@ -1136,6 +1136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.sources._read_ml1m': ('sources.html#_read_ml1m', 'cfext/sources.py'),
                                'cfext.sources._read_ml_csv': ('sources.html#_read_ml_csv', 'cfext/sources.py'),
                                'cfext.sources._read_u': ('sources.html#_read_u', 'cfext/sources.py'),
+                               'cfext.sources._separator': ('sources.html#_separator', 'cfext/sources.py'),
                                'cfext.sources._text_times': ('sources.html#_text_times', 'cfext/sources.py'),
                                'cfext.sources._time_order': ('sources.html#_time_order', 'cfext/sources.py'),
                                'cfext.sources._times': ('sources.html#_times', 'cfext/sources.py'),

@@ -6,7 +6,7 @@
 __all__ = ['synth_ratings', 'read_ratings', 'TimeSplitter', 'LastNSplitter', 'ColdUserSplitter']
 
 # %% ../nbs/01a_sources.ipynb #5405200f
-import gzip,io,zlib
+import gzip,io,re,zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -129,9 +129,17 @@ def _is_padded(col):
     v = np.asarray(col, 'S24')
     return (np.char.startswith(v, b'0') & np.char.isdigit(v) & (v!=b'0')).any() and not (np.char.find(v, b'.')>=0).any()
 
+def _separator(raw):
+    "Comma, tab, semicolon or bar: which cuts out more of the usual names in the header, or else more fields in both of the first lines"
+    lines = re.findall(r'[^\r\n]+', raw[:1<<16].decode('utf-8', 'replace'))[:2] or ['']
+    lines = [re.sub(r'"[^"]*"', lambda m: re.sub('[,\t;|]', '', m[0]), l) for l in lines]
+    usual = set().union(*col_words.values())
+    named = lambda sep: sum(''.join(filter(str.isalnum, c.lower())) in usual for c in lines[0].split(sep))
+    return max(',\t;|', key=lambda sep: (named(sep), min(l.count(sep) for l in lines)))
+
 def _parse_csv(raw, dtype=None):
-    "A frame of text in UTF-8: tab, semicolon, bar or comma by the header, numbers that begin with 0 as text"
-    sep = max('\t;|,', key=raw[:raw.find(b'\n')].decode('utf-8', 'replace').count)
+    "A frame of text in UTF-8: tab, semicolon, bar or comma by the first lines, whole numbers that begin with 0 as text"
+    sep = _separator(raw)
     read = partial(pd.read_csv, sep=sep, low_memory=False)
     df = read(io.BytesIO(raw), dtype=dtype)
     types = dtype if isinstance(dtype, dict) else {} if dtype is None else dict.fromkeys(df)

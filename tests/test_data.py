@@ -378,6 +378,20 @@ def test_a_column_of_a_file_has_one_type(df, tmp_path):
         got = read_ratings(tmp_path/'odd.csv')
         assert {c: got[c].tolist() for c in want}==want
 
+def test_the_separator_is_not_looked_for_in_names(tmp_path):
+    "Quotes hide separators; a header of usual names is cut where they end, another where the first row is cut too"
+    for sep in ',;|\t':
+        for head in ('user{0}item{0}rating{0}"tags (a|b;c,d\te|f;g,h)"','"user"{0}"item"{0}"rating"{0}"a ,;|\t"','\ufeffuserId{0}movieId{0}Book-Rating{0}'+'ab'.join(',;|\t'.replace(sep, ''))*4,'cust{0}art{0}val{0}'+'a'.join(',;|\t'.replace(sep, ''))*5,'cust{0}art{0}val{0}x'):
+            for nl in ('\n','\r\n','\r'):
+                (tmp_path/'s.csv').write_bytes((head+''.join(f'{nl}{i%7}{{0}}{i%5}{{0}}{i%4}{{0}}"x, y"' for i in range(40))).format(sep).encode())
+                df = read_ratings(tmp_path/'s.csv')
+                assert df.shape==(40,4) and df.iloc[:,2].tolist()==[i%4 for i in range(40)]
+        assert CFDataLoaders.from_csv(tmp_path/'s.csv', user_name='cust', item_name='art', rating_name='val', device='cpu').n_users==8
+    (tmp_path/'s.csv').write_text('user;item;rating\n1;2;3,5\n2;2;4,5\n')
+    assert read_ratings(tmp_path/'s.csv').shape==(2,3)
+    (tmp_path/'s.csv').write_text('cust;art;val')
+    assert list(read_ratings(tmp_path/'s.csv'))==['cust','art','val']
+
 def test_files_that_need_a_word(df, tmp_path):
     "Other encodings, `;`, packed files; what cannot be read says which file, and the mend"
     cafe = df.assign(title='Café '+df.title)
