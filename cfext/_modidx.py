@@ -538,6 +538,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cfext.folds._kept': ('folds.html#_kept', 'cfext/folds.py'),
                              'cfext.folds._made': ('folds.html#_made', 'cfext/folds.py'),
                              'cfext.folds._seeded': ('folds.html#_seeded', 'cfext/folds.py'),
+                             'cfext.folds._stretches': ('folds.html#_stretches', 'cfext/folds.py'),
                              'cfext.folds.fit_folds': ('folds.html#fit_folds', 'cfext/folds.py'),
                              'cfext.folds.fold_rows': ('folds.html#fold_rows', 'cfext/folds.py'),
                              'cfext.folds.predict_rows': ('folds.html#predict_rows', 'cfext/folds.py'),
