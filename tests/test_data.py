@@ -442,11 +442,15 @@ def test_ids_are_single_values(df):
         with pytest.raises(TypeError, match='holds float16'): loaders(df.assign(**{role: df[role].astype('float16')}))
     for dtype in (decimal,'float32'): assert loaders(df.assign(user=df.user.astype(dtype))).classes['user'].ids.tolist()==loaders(df).classes['user'].ids.tolist()
 
-def test_many_ratings_of_0_are_pointed_at(df):
-    "As in Book-Crossing; not for labels 0 and 1, ratings on both sides of 0, or choices"
+def test_many_ratings_of_0_are_pointed_at(df, tmp_path):
+    "As in Book-Crossing; not for labels 0 and 1, shares, ratings on both sides of 0, or choices"
     books = df.assign(rating=df.rating.where(df.index%5<2, 0))
     with pytest.warns(UserWarning, match=r"`rating_name`='rating' is 0 in 60% of the rows; where 0 stands for 'not rated', leave them out, `df\[df\['rating'\]>0\]`") as ws: loaders(books)
     assert [w for w in ws if 'is 0 in' in str(w.message)][0].filename==__file__
+    books.to_csv(tmp_path/'b.csv', index=False)
+    for make in (CFDataLoaders.from_csv,CFDataLoaders.from_path):
+        with pytest.warns(UserWarning, match='is 0 in|without a training row') as ws: make(tmp_path/'b.csv', splitter=lambda o: (np.flatnonzero(o.user>3),np.flatnonzero(o.user<=3)), device='cpu')
+        assert len(ws)==2 and {w.filename for w in ws}=={__file__}
     with warnings.catch_warnings():
         warnings.filterwarnings('error', '.*is 0 in')
-        for d,kw in ((books[books.rating>0],{}),(books,dict(rating_name=None)),(books.assign(rating=(books.rating>0)*1.),{}),(books.assign(rating=books.rating.where(books.index!=0, -1)),{}),(df.assign(rating=df.rating.where(df.index%5>0, 0)),{})): loaders(d, **kw)
+        for d,kw in ((books[books.rating>0],{}),(books,dict(rating_name=None)),(books.assign(rating=(books.rating>0)*1.),{}),(books.assign(rating=books.rating/5),{}),(books.assign(rating=books.rating.where(books.index!=0, -1)),{}),(df.assign(rating=df.rating.where(df.index%5>0, 0)),{})): loaders(d, **kw)
