@@ -6,7 +6,7 @@
 __all__ = ['IdMap', 'Ratings', 'ResidentDL', 'CFDataLoaders']
 
 # %% ../nbs/01b_data.ipynb #49f8aa1c
-import random,warnings
+import random,sys,warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np,pandas as pd
@@ -402,11 +402,17 @@ class CFDataLoaders(DataLoaders):
         return res
 
 # %% ../nbs/01b_data.ipynb #f3a459dd
+def _warn(msg):
+    "Warn at the first caller outside of this module, `from_df` or whatever calls it"
+    f,level = sys._getframe(1),2
+    while f.f_back and f.f_globals is globals(): f,level = f.f_back,level+1
+    warnings.warn(msg, stacklevel=level)
+
 def _hint_zeros(y, rating):
-    "Warn where 0 is so frequent among ratings of more than one other height that it may stand for none"
+    "Warn where 0 is so frequent among ratings of more than one other height, not all of them shares, that it may stand for none"
     share = (y==0).float().mean().item()
-    if share>1/3 and y.min()>=0 and len(y[y>0].unique())>1:
-        warnings.warn(f"`rating_name`={rating!r} is 0 in {share:.0%} of the rows; where 0 stands for 'not rated', leave them out, `df[df[{rating!r}]>0]`, or take each row as a choice, `rating_name=None`", stacklevel=4)
+    if share>1/3 and y.min()>=0 and y.max()>1 and len(y[y>0].unique())>1:
+        _warn(f"`rating_name`={rating!r} is 0 in {share:.0%} of the rows; where 0 stands for 'not rated', leave them out, `df[df[{rating!r}]>0]`, or take each row as a choice, `rating_name=None`")
 
 @patch(cls_method=True)
 def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
@@ -430,8 +436,7 @@ def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
     dss = [Ratings(x[m], y[m,None], classes, rating, None if w is None else w[m], o) for m,o in ((torch.from_numpy(train),None), (torch.from_numpy(valid),lost))]
     cold = (dss[1].x==0).sum(0).tolist()
     if any(cold):
-        warnings.warn(f"of {len(dss[1]):,} validation rows, {cold[0]:,} have a user and {cold[1]:,} an item without a training row; "
-                      "they are scored by the unknown row", stacklevel=3)
+        _warn(f"of {len(dss[1]):,} validation rows, {cold[0]:,} have a user and {cold[1]:,} an item without a training row; they are scored by the unknown row")
     return dss
 
 # %% ../nbs/01b_data.ipynb #b0c0248d

@@ -23,6 +23,13 @@ from .bundle import *
 # %% ../nbs/14b_folds.ipynb #2b2a51d5
 _bys = ('random','time','past','user','stratified','bag')
 
+def _stretches(count, k):
+    "Fold of each of the times that have `count` rows: even ones; a time of more rows than a fold fills one, and the others are even without it"
+    size,q = count.sum(),k # a fold is size/q rows
+    while (large := count*q>size).sum()>k-q: size,q = count[~large].sum(),k-large.sum()
+    w = np.where(large, size, count*q)
+    return (w.cumsum()-w)//size
+
 def _fold_numbers(df, k, by, cols, rng):
     "Fold number, 0 to k-1, of each row"
     n = len(df)
@@ -30,9 +37,8 @@ def _fold_numbers(df, k, by, cols, rng):
     if by in ('time','past'):
         codes = pd.factorize(_times(df, cols['time']), sort=True)[0]
         count = np.bincount(codes)
-        res = ((count.cumsum()-count)*k//n)[codes]
-        if (m := len(np.unique(res)))<k: raise ValueError(f"`k`={k}: {len(count)} different times can be cut into {m} even stretches only, since rows of one time stay together; take fewer folds, or finer times")
-        return res
+        if k>len(count): raise ValueError(f"`k`={k} folds of {len(count)} different times, and rows of one time stay together: take fewer folds, or finer times")
+        return _stretches(count, k)[codes]
     if by=='user':
         codes,uniq = pd.factorize(df[find_col(df, cols['user'], 'user')])
         if k>len(uniq): raise ValueError(f"`k`={k} folds of {len(uniq)} users")

@@ -6,7 +6,7 @@
 __all__ = ['synth_ratings', 'read_ratings', 'TimeSplitter', 'LastNSplitter', 'ColdUserSplitter']
 
 # %% ../nbs/01a_sources.ipynb #5405200f
-import gzip,io,zlib
+import gzip,io,re,zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -113,21 +113,41 @@ def _read_ml100k(path, split=None):
 
 # %% ../nbs/01a_sources.ipynb #0209947b
 def _padded(raw, sep):
-    "May a field of these bytes be a number that begins with 0, as in 007?"
-    a = np.frombuffer(raw, np.uint8)
-    at = np.flatnonzero(a[1:-1]==ord('0'))+1
-    return (np.isin(a[at-1], [*f'{sep}\n\r"'.encode()]) & (a[at+1]-48<10)).any()
+    "Is a field of these bytes a whole number that begins with 0, as in 007?"
+    raw,zero,step = raw if raw.endswith(b'\n') else raw+b'\n',ord('0'),1<<18
+    a,ends = np.frombuffer(raw, np.uint8),[*f'{sep}\n\r"'.encode()]
+    for i in range(0, len(a), step):
+        b = a[i:i+step+2]
+        at = np.flatnonzero((b[1:-1]==zero) & (b[2:]>=zero) & ((b[:-2]<=ord(','))|(b[:-2]==ord(sep))))+i+1 # quick, and lets few by
+        end = at+1
+        while (more := a[end]-zero<10).any(): end += more
+        if ((end>at+1) & np.isin(a[at-1], ends) & np.isin(a[end], ends)).any(): return True
+    return False
+
+def _is_padded(col):
+    "Do whole numbers of this column of bytes begin with 0, and has none a decimal point?"
+    v = np.asarray(col, 'S24')
+    return (np.char.startswith(v, b'0') & np.char.isdigit(v) & (v!=b'0')).any() and not (np.char.find(v, b'.')>=0).any()
+
+def _separator(raw):
+    "Comma, tab, semicolon or bar: which cuts out more of the usual names in the header, or else more fields in both of the first lines"
+    lines = re.findall(r'[^\r\n]+', raw[:1<<16].decode('utf-8', 'replace'))[:2] or ['']
+    lines = [re.sub(r'"[^"]*"', lambda m: re.sub('[,\t;|]', '', m[0]), l) for l in lines]
+    usual = set().union(*col_words.values())
+    named = lambda sep: sum(''.join(filter(str.isalnum, c.lower())) in usual for c in lines[0].split(sep))
+    return max(',\t;|', key=lambda sep: (named(sep), min(l.count(sep) for l in lines)))
 
 def _parse_csv(raw, dtype=None):
-    "A frame of text in UTF-8: tab, semicolon, bar or comma by the header, numbers that begin with 0 as text"
-    sep = max('\t;|,', key=raw[:raw.find(b'\n')].decode('utf-8', 'replace').count)
+    "A frame of text in UTF-8: tab, semicolon, bar or comma by the first lines, whole numbers that begin with 0 as text"
+    sep = _separator(raw)
     read = partial(pd.read_csv, sep=sep, low_memory=False)
     df = read(io.BytesIO(raw), dtype=dtype)
     types = dtype if isinstance(dtype, dict) else {} if dtype is None else dict.fromkeys(df)
     nums = [c for c in df if c not in types and is_numeric_dtype(df[c]) and df[c].notna().any()]
     if not nums or not _padded(raw, sep): return df
-    text = read(io.BytesIO(raw), dtype={**types, **dict.fromkeys(nums, str)})[nums]
-    return df.assign(**{c: text[c] for c in nums if text[c].str.match(r'0\d').any()})
+    text = read(io.BytesIO(raw), dtype={**types, **dict.fromkeys(nums, 'S24')}) # quick, but without gaps, and cut short
+    nums = [c for c in nums if _is_padded(text[c])]
+    return df.assign(**read(io.BytesIO(raw), dtype={**types, **dict.fromkeys(nums, str)})[nums]) if nums else df
 
 def _read_csv(path, encoding='utf-8', dtype=None):
     "A table from a text file, packed or not"
@@ -221,14 +241,18 @@ def read_ratings(
 def _check_pct(valid_pct):
     if not 0<=valid_pct<1: raise ValueError(f"`valid_pct`={valid_pct} should be a share of the rows, at least 0 and below 1")
 
+_joined = r'(?:0[1-9]|[12]\d|3[01]){2}(?:19|20)?\d\d' # a day, a month and a year, as in 05012020
+
 def _text_times(col):
-    "Text as numbers or, where some begin with 0 or are none, as ISO 8601 dates"
-    if not (text := col.astype(str)).str.match(r'0\d').any():
+    "Text as numbers or, where it is none or may be days written without separators, as ISO 8601 dates"
+    text = col.astype(str)
+    some = text[there := col.notna() & (text!='')]
+    if not some.str.match(r'0\d').any() or some.str.fullmatch(r'\d+').all() and not some.str.fullmatch(_joined).all():
         with suppress(ValueError,TypeError): return pd.to_numeric(col)
-    t = pd.to_datetime(col, format='ISO8601', utc=True, errors='coerce')
-    if (odd := text[t.isna() & col.notna() & (text!='')]).empty: return t
-    raise ValueError(f"`time_name`={col.name!r} holds text that is neither numbers nor dates like 2020-01-31, such as {odd.iloc[0]!r}, and by its letters it "
-                     f"would not be in the order of time: convert it with `pd.to_datetime(df[{col.name!r}], format=...)`")
+    t = pd.to_datetime(text.str.removesuffix(' UTC'), format='ISO8601', utc=True, errors='coerce')
+    if (odd := text[t.isna() & there]).empty: return t
+    raise ValueError(f"`time_name`={col.name!r} holds text such as {odd.iloc[0]!r}, which is read as neither numbers nor dates like 2020-01-31: "
+                     f"convert it with `pd.to_datetime(df[{col.name!r}], format=...)`")
 
 def _times(df, time_name):
     "The column of times as values that sort by time: text is read, ordered categories count by their order"
@@ -236,7 +260,9 @@ def _times(df, time_name):
     if getattr(col.dtype, 'ordered', False): t = col.cat.codes.where(col.notna())
     else:
         t = col.astype(object).infer_objects() if isinstance(col.dtype, pd.CategoricalDtype) else col
-        if pd.api.types.infer_dtype(t) in ('string','bytes','mixed','mixed-integer'): t = _text_times(t)
+        kind = pd.api.types.infer_dtype(t)
+        if kind=='date': t = t.map(str, na_action='ignore') # with datetimes among them they could not be compared
+        if kind in ('string','bytes','mixed','mixed-integer'): t = _text_times(t)
     if t.isna().any(): raise ValueError(f"`time_name`={col.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
     return t
 

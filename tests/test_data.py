@@ -328,7 +328,7 @@ def test_text_is_no_order_of_time(df):
         for f in ('%d/%m/%Y %H:%M','%m/%d/%Y','%b %d %Y %H','%d%m%Y'):
             odd = df.assign(timestamp=days.dt.strftime(f).astype(kind))
             for split in (TimeSplitter(.3),LastNSplitter(2),lambda o: fold_rows(o, 3, 'time'),lambda o: fold_rows(o, 3, 'past')):
-                with pytest.raises(ValueError, match=r"in the order of time: convert it with `pd.to_datetime\(df\['timestamp'\], format=...\)`"): split(odd)
+                with pytest.raises(ValueError, match=r"which is read as neither numbers nor dates like 2020-01-31: convert it with `pd.to_datetime\(df\['timestamp'\], format=...\)`"): split(odd)
     for t in (days, days.dt.tz_localize('UTC'), days.dt.date, days.astype(object), pd.Series(number, dtype='Int64'), days.dt.to_period('h'), days.astype('timestamp[ns][pyarrow]'),
               pd.Series(pd.Categorical(days.dt.strftime('%d/%m/%Y %H'), days.dt.strftime('%d/%m/%Y %H'), ordered=True))): assert held(t)[1]==want[1]
     for gap in (None,'',np.nan):
@@ -336,6 +336,24 @@ def test_text_is_no_order_of_time(df):
     for t in (df.timestamp, days, days.dt.strftime('%Y-%m-%d')):
         for ordered in (False,True):
             with pytest.raises(ValueError, match='3 rows have no time'): TimeSplitter()(df.assign(timestamp=pd.Categorical([None]*3+t[3:].tolist(), ordered=ordered)))
+
+def test_times_padded_with_zeros_and_in_utc(df, tmp_path):
+    "Digits sort as numbers, whatever they begin with, unless they may be days; a mix of dates and datetimes sorts too"
+    when = pd.Series(np.random.default_rng(0).permutation(900)*40_000)
+    days = pd.to_datetime(when+1_577_000_000, unit='s')
+    held = lambda t: [f(df.assign(timestamp=t))[1].tolist() for f in (TimeSplitter(.3),LastNSplitter(2))]
+    want = held(when)
+    for t in (when.map('{:08d}'.format), when.map('{:012d}'.format), (when//40_000).map('{:02d}'.format), (when//40_000).map('{:06d}'.format),
+              days.dt.strftime('%Y-%m-%d %H:%M:%S UTC'), days.dt.strftime('%Y-%m-%d %H:%M:%S.%f UTC').str.replace('.000000', ''), days.astype(object).where(when%80_000>0, days.map(pd.Timestamp.isoformat))):
+        for kind in (object,'string','category'): assert held(t.astype(kind))==want
+    assert held(days.dt.strftime('%Y%m%d'))==held(days.dt.date)==held(days.dt.normalize())
+    assert held(pd.Series([o if j%2 else o.date() for j,o in enumerate(days.dt.to_pydatetime())], dtype=object))==held(days.where(days.index%2==1, days.dt.normalize()))
+    with pytest.raises(ValueError, match='3 rows have no time'): held(days.dt.date.where(df.index>2))
+    for f in ('%d%m%Y','%m%d%Y','%d%m%y','%d.%m','%H:%M','%G-W%V','%Y-%m-%dT%H:%M:%S,123'):
+        with pytest.raises(ValueError, match='is read as neither numbers nor dates like 2020-01-31'): held(days.dt.strftime(f))
+    for pad in ('{:06d}','{:02d}'):
+        df.assign(timestamp=(when//40_000).map(pad.format)).to_csv(tmp_path/'pad.csv', index=False)
+        assert TimeSplitter(.3)(read_ratings(tmp_path/'pad.csv'))[1].tolist()==want[0]
 
 def test_a_column_of_a_file_has_one_type(df, tmp_path):
     "However late a letter comes; an id with leading zeros is text, another id than the number, wherever it is read"
@@ -353,10 +371,26 @@ def test_a_column_of_a_file_has_one_type(df, tmp_path):
     assert read_ratings(tmp_path/'pad.csv', dtype=dict(user='int32')).user.dtype=='int32' and read_ratings(tmp_path/'pad.csv', dtype=dict(item=str)).user[0]==pad.user[0]
     assert set(read_ratings(tmp_path/'pad.csv', dtype=str).dtypes)=={pd.Series(['a'], dtype=str).dtype}
     assert CFDataLoaders.from_path(tmp_path/'pad.csv', item_name='title', dtype=dict(user=float), device='cpu').classes['user'].ids.dtype=='float64'
-    for text,want in (('a,a,b\n01,1,2\n1,02,3\n',{'a':['01','1'],'a.1':['1','02'],'b':[2,3]}), ('a,b\n01,1,02\n1,2,3\n',{'a':[1,2],'b':['02','3']}), ('a,b\n0,0.5\n10,\n',{'a':[0,10]}), ('a,b\n01,\n2,\n',{'a':['01','2']})):
+    for text,want in (('a,a,b\n01,1,2\n1,02,3\n',{'a':['01','1'],'a.1':['1','02'],'b':[2,3]}), ('a,b\n01,1,02\n1,2,3\n',{'a':[1,2],'b':['02','3']}), ('a,b\n0,0.5\n10,\n',{'a':[0,10]}), ('a,b\n01,\n2,\n',{'a':['01','2']}),
+                      ('a,b\n1,06.0\n2,07.5\n',{'a':[1,2],'b':[6,7.5]}), ('a,b\n1,06\n2,7.5\n',{'b':[6,7.5]}), ('a,b,c\nx,-1,02139\ny,007,K1A\nz,3,0\n',{'b':['-1','007','3'],'c':['02139','K1A','0']}),
+                      ('a,b\n1,02/01/2020\n2,08:15\n',{'a':[1,2]}), ('a;b\n1;3\n'*1+'2;3\n'*70_000+'5;'+'0'*30+'5',{'a':[1]+[2]*70_000+[5],'b':['3']*70_001+['0'*30+'5']}), ('a,b\r\n1,"02"\r\n2,"3"\r\n',{'b':['02','3']})):
         (tmp_path/'odd.csv').write_text(text)
         got = read_ratings(tmp_path/'odd.csv')
         assert {c: got[c].tolist() for c in want}==want
+
+def test_the_separator_is_not_looked_for_in_names(tmp_path):
+    "Quotes hide separators; a header of usual names is cut where they end, another where the first row is cut too"
+    for sep in ',;|\t':
+        for head in ('user{0}item{0}rating{0}"tags (a|b;c,d\te|f;g,h)"','"user"{0}"item"{0}"rating"{0}"a ,;|\t"','\ufeffuserId{0}movieId{0}Book-Rating{0}'+'ab'.join(',;|\t'.replace(sep, ''))*4,'cust{0}art{0}val{0}'+'a'.join(',;|\t'.replace(sep, ''))*5,'cust{0}art{0}val{0}x'):
+            for nl in ('\n','\r\n','\r'):
+                (tmp_path/'s.csv').write_bytes((head+''.join(f'{nl}{i%7}{{0}}{i%5}{{0}}{i%4}{{0}}"x, y"' for i in range(40))).format(sep).encode())
+                df = read_ratings(tmp_path/'s.csv')
+                assert df.shape==(40,4) and df.iloc[:,2].tolist()==[i%4 for i in range(40)]
+        assert CFDataLoaders.from_csv(tmp_path/'s.csv', user_name='cust', item_name='art', rating_name='val', device='cpu').n_users==8
+    (tmp_path/'s.csv').write_text('user;item;rating\n1;2;3,5\n2;2;4,5\n')
+    assert read_ratings(tmp_path/'s.csv').shape==(2,3)
+    (tmp_path/'s.csv').write_text('cust;art;val')
+    assert list(read_ratings(tmp_path/'s.csv'))==['cust','art','val']
 
 def test_files_that_need_a_word(df, tmp_path):
     "Other encodings, `;`, packed files; what cannot be read says which file, and the mend"
@@ -408,11 +442,15 @@ def test_ids_are_single_values(df):
         with pytest.raises(TypeError, match='holds float16'): loaders(df.assign(**{role: df[role].astype('float16')}))
     for dtype in (decimal,'float32'): assert loaders(df.assign(user=df.user.astype(dtype))).classes['user'].ids.tolist()==loaders(df).classes['user'].ids.tolist()
 
-def test_many_ratings_of_0_are_pointed_at(df):
-    "As in Book-Crossing; not for labels 0 and 1, ratings on both sides of 0, or choices"
+def test_many_ratings_of_0_are_pointed_at(df, tmp_path):
+    "As in Book-Crossing; not for labels 0 and 1, shares, ratings on both sides of 0, or choices"
     books = df.assign(rating=df.rating.where(df.index%5<2, 0))
     with pytest.warns(UserWarning, match=r"`rating_name`='rating' is 0 in 60% of the rows; where 0 stands for 'not rated', leave them out, `df\[df\['rating'\]>0\]`") as ws: loaders(books)
     assert [w for w in ws if 'is 0 in' in str(w.message)][0].filename==__file__
+    books.to_csv(tmp_path/'b.csv', index=False)
+    for make in (CFDataLoaders.from_csv,CFDataLoaders.from_path):
+        with pytest.warns(UserWarning, match='is 0 in|without a training row') as ws: make(tmp_path/'b.csv', splitter=lambda o: (np.flatnonzero(o.user>3),np.flatnonzero(o.user<=3)), device='cpu')
+        assert len(ws)==2 and {w.filename for w in ws}=={__file__}
     with warnings.catch_warnings():
         warnings.filterwarnings('error', '.*is 0 in')
-        for d,kw in ((books[books.rating>0],{}),(books,dict(rating_name=None)),(books.assign(rating=(books.rating>0)*1.),{}),(books.assign(rating=books.rating.where(books.index!=0, -1)),{}),(df.assign(rating=df.rating.where(df.index%5>0, 0)),{})): loaders(d, **kw)
+        for d,kw in ((books[books.rating>0],{}),(books,dict(rating_name=None)),(books.assign(rating=(books.rating>0)*1.),{}),(books.assign(rating=books.rating/5),{}),(books.assign(rating=books.rating.where(books.index!=0, -1)),{}),(df.assign(rating=df.rating.where(df.index%5>0, 0)),{})): loaders(d, **kw)

@@ -243,8 +243,16 @@ def test_folds_by_time_cut_between_times(df):
         assert len(rows)==(4 if by=='time' else 3)
         for tr,va in rows: assert not set(day.timestamp.iloc[tr]) & set(day.timestamp.iloc[va]) and abs(len(va)-len(df)/4)<=len(df)/23+1
     for tr,va in fold_rows(day, 4, 'past'): assert day.timestamp.iloc[tr].max()<day.timestamp.iloc[va].min()
-    for t,m in ((0,1),(np.where(df.index<9*len(df)//10, 0, df.index),2)):
-        with pytest.raises(ValueError, match=f'into {m} even stretches only'): fold_rows(df.assign(timestamp=t), 4, 'past')
+    sizes = lambda count, k: [len(va) for _,va in fold_rows(pd.DataFrame(dict(timestamp=np.repeat(np.arange(len(count)), count)[::-1])), k, 'time')]
+    one = [1]*300
+    for count,k,want in ((one,4,[75]*4), ([300,*one],5,[300,75,75,75,75]), ([*one,300],5,[75,75,75,75,300]), ([*one[:150],300,*one[150:]],5,[75,75,300,75,75]), ([10,300,200,90],4,[10,300,200,90]), ([1]*14,4,[4,3,4,3]), ([540,*[1]*60],4,[540,20,20,20])):
+        assert sizes(count, k)==want
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        count,k = rng.integers(1, 9, rng.integers(2, 30))**rng.integers(1, 5),rng.integers(2, 9)
+        if k>len(count):
+            with pytest.raises(ValueError, match=f'`k`={k} folds of ({len(count)} different times|{count.sum()} rows)'): sizes(count, k)
+        else: assert min(got := sizes(count, k))>0 and len(got)==k and set(np.cumsum(got))<=set(np.cumsum(count))
 
 def test_spoiled_folds(df, tmp_path):
     a = fit_folds(make, df, k=2, path=tmp_path)
