@@ -160,9 +160,10 @@ def whole_file(
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{uuid4().hex}{path.suffix}')
+    there = path.exists() # raises where the name is too long
     os.close(os.open(tmp, os.O_CREAT|os.O_EXCL, 0o666))
-    mode = (path if path.exists() else tmp).stat().st_mode
     try:
+        mode = (path if there else tmp).stat().st_mode
         yield tmp
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
         os.chmod(tmp, mode & 0o777)

@@ -8,7 +8,7 @@ __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 # %% ../nbs/06_learner.ipynb #082a6c56
 import inspect,warnings
 from operator import attrgetter
-from threading import Lock
+from threading import Lock,current_thread,main_thread
 
 import numpy as np,pandas as pd
 import torch
@@ -16,13 +16,14 @@ from torch import nn
 from fastai.collab import *
 from fastai.collab import TabularCollab
 from fastai.tabular.all import *
+from fastprogress.fastprogress import progress_bar
 from .core import *
 from .data import *
 from .models import *
 from .losses import *
 from .negatives import *
 from .loop import *
-from .loop import _acts
+from .loop import _acts,_known,_runs
 from .capture import *
 from .rows import *
 from .factors import *
@@ -77,7 +78,7 @@ def _needs(learn):
 
 class CFLearner(Learner):
     "A `Learner` over `CFDataLoaders` that answers in the caller's ids"
-    fast,no_capture = None,False
+    fast,no_capture,_in_fit = None,False,False
     def _call_one(self, event_name):
         "As `Learner`'s, but callbacks that have nothing to do at an event are not asked, which takes some 20 microseconds each"
         if not hasattr(event, event_name): return super()._call_one(event_name)
@@ -120,11 +121,15 @@ class CFLearner(Learner):
         if (why := kernel_ready(str(self.dls.device))) is None: return captured_epoch(self, apply=apply_adam)
         if step_by_step is factor_epoch: self._tell(f"the step is recorded from PyTorch's functions: {why}")
         captured_epoch(self)
+    def _do_fit(self):
+        self._in_fit = True
+        try: super()._do_fit()
+        finally: self._in_fit = False
     def _end_cleanup(self):
         self.__dict__.pop('_step_graph', None)
         super()._end_cleanup()
     def _around(self, model):
-        "This learner around a copy of `model`, for predictions, with callbacks of its own; threads may ask, or train, this one meanwhile"
+        "This learner around a copy of `model`, with callbacks of its own; threads may ask this one meanwhile"
         res = object.__new__(type(self))
         res.__dict__.update(self.__dict__, model=shared_copy(model).eval(), cbs=L(), lock=Lock(), training=False, epoch=0)
         for cb in self.cbs:
@@ -145,6 +150,24 @@ class CFLearner(Learner):
             for k,v in kept.items(): setattr(rec, k, v)
 
 @patch
+def _has_say(self:CFLearner):
+    "Does anybody have a say in predictions, so that fastai's loop has to run?"
+    def acts(cb): return type(cb).__call__ is not Callback.__call__ or any(_acts(cb, e) for e in ('before_validate','after_validate',*batch_events))
+    quiet = *_known,IdDropout,RowWeights,Negatives
+    return type(self).get_preds is not CFLearner.get_preds or self._own_steps() or any(type(cb) not in quiet and _runs(cb, False) and acts(cb) for cb in self.cbs)
+
+@patch
+def _score(self:CFLearner, dl, x):
+    "Predictions (n,1) of the codes `x` of `dl`; where nobody has a say, nothing of the learner is changed"
+    aside = self._in_fit or current_thread() is not main_thread()
+    if self._has_say(): return (self._around(self.model) if aside else self).get_preds(dl=dl)[0].reshape(len(x), -1)
+    model = mean_unknown(self.model) if dl.unk=='mean' and (x==0).any() else self.model
+    if model.training or self._in_fit: model = shared_copy(model).eval() # the mode is a fit's affair
+    home,parts = next((t.device for t in (*model.parameters(), *model.buffers())), x.device),x.split(dl.bs)
+    with torch.no_grad(): res = [model(o.to(home)).reshape(len(o), -1).cpu() for o in (progress_bar(parts, leave=False) if len(parts)>1 and hasattr(self, 'progress') else parts)]
+    return getcallable(self.loss_func, 'activation')(torch.cat(res))
+
+@patch
 def predict(self:CFLearner,
     item, # a dict, a (user, item) tuple, a Series, a DataFrame, or a list of those
     rm_type_tfms=None, # not used; fastai passes it
@@ -155,10 +178,12 @@ def predict(self:CFLearner,
     "Predict the ratings of one row or many"
     dl = self.dls.test_dl(item := as_frame(item, self.dls.train_ds.cat_names), unk=unk)
     x = dl.dataset.x.long()
-    preds = self._around(self.model).get_preds(dl=dl)[0].reshape(len(x), -1) if len(x) else torch.zeros(0, 1)
+    preds = self._score(dl, x) if len(x) else torch.zeros(0, 1)
     df = dl.dataset.frame((x,), pred=preds)
     for c,known in zip(dl.dataset.cat_names, x.T.cpu().numpy()>0): # an unknown id is the one that was asked for
-        if not known.all(): df[c] = df[c].where(known, item[c].to_numpy()).infer_objects()
+        if not known.all():
+            ids = df[c].astype(object).where(known, item[c].to_numpy(object))
+            df[c] = ids if ids.isna().any() else ids.infer_objects() # a gap would make floats of whole numbers
     dec = getcallable(self.loss_func, 'decodes')(preds)
     return (df,dec,preds,x) if with_input else (df,dec,preds)
 

@@ -38,8 +38,8 @@ def recommend_to(self:CFLearner,
     kwargs = {n: _lasting(o) if n in ('candidates','exclude') else o for n,o in kwargs.items()}
     if path.suffix!='.parquet': raise ValueError(f"`path`={str(path)!r} should end in .parquet")
     cuts = range(0, max(len(ids), 1), chunk)
-    one = lists_frame(self.dls, ids[:1] if len(ids) else self.dls.classes[self.dls.user_name].ids[:1], torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1))
-    schema = pa.Schema.from_pandas(one, preserve_index=False) # not the first chunk's, which may hold no list
+    one = lists_frame(self.dls, self.dls.classes[self.dls.user_name].ids[:1], torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1))
+    schema = pa.Schema.from_pandas(one, preserve_index=False) # the known ids' types, whoever asks for whom
     with whole_file(path) as tmp, pq.ParquetWriter(tmp, schema) as writer:
         for a in progress_bar(cuts, leave=False) if bar and len(cuts)>1 and hasattr(self, 'progress') else cuts:
             with warnings.catch_warnings():

@@ -7,6 +7,8 @@ __all__ = ['score_by_forward', 'CFModel', 'check_fits', 'DotProduct', 'DotProduc
            'shared_copy', 'mean_unknown']
 
 # %% ../nbs/03_models.ipynb #349e6250
+from types import MethodType
+
 import torch
 from torch import nn,Tensor
 from torch.nn import functional as F
@@ -230,9 +232,10 @@ def shared_copy(
     "Return a copy whose mode and whose choice of tensors are its own"
     seen = {}
     def one(m):
-        if id(m) in seen or '_modules' not in vars(m): return seen.get(id(m), m)
+        if id(m) in seen or isinstance(m, torch.jit.ScriptModule): return seen.get(id(m), m)
+        if '_orig_mod' in m._modules: return one(m._modules['_orig_mod']) # of a compiled one, what was compiled
         res = seen[id(m)] = object.__new__(type(m))
-        res.__dict__.update(m.__dict__)
+        res.__dict__.update({k: MethodType(o.__func__, res) if getattr(o, '__self__', None) is m and isinstance(o, MethodType) else o for k,o in vars(m).items()}, _compiled_call_impl=None)
         for k in ('_parameters','_buffers','_modules'): res.__dict__[k] = m.__dict__[k].copy()
         for n,o in m._modules.items(): res._modules[n] = o and one(o)
         return res
@@ -248,5 +251,7 @@ def mean_unknown(
     if not tables: raise ValueError(f"{type(model).__name__} has no tables of users and items that are known here: use unk='na' or 'raise'")
     own,res = {id(t): nn.Parameter(torch.cat([t[1:].mean(0, keepdim=True), t[1:]]).detach(), False) for t in tables},shared_copy(model)
     for m in res.modules():
-        for ts in (m._parameters, m._buffers): ts.update({k: own[id(t)] for k,t in ts.items() if id(t) in own})
+        for ts in (m._parameters, m._buffers, vars(m)) if not isinstance(m, torch.jit.ScriptModule) else (): ts.update({k: own[id(t)] for k,t in ts.items() if id(t) in own})
+    if any(id(t) in own or all(t is not o for o in own.values()) for ts in emb_tables(res).values() for t in ts):
+        raise ValueError(f"{type(model).__name__} makes its tables, or is a script, so that no row of them can be replaced: give it a method `mean_row`, or use unk='na'")
     return res

@@ -28,7 +28,7 @@ def _bags(col, sep):
         if is_list_like(o): return [plain(v) for v in o]
         if pd.isna(o): return []
         return [v for v in str(o).split(sep) if v] if sep else [plain(o)]
-    vals = col.to_numpy(object)
+    vals = pd.Series([o if not sep or is_list_like(o) or pd.isna(o) else str(o) for o in col], dtype=object).to_numpy() # cells as they are: no floats for want of one
     try: at,vals = pd.factorize(vals)
     except TypeError: at = np.arange(len(vals)) # lists, which cannot be hashed
     return at,[*map(bag, vals), []]

@@ -302,3 +302,8 @@ def test_bundles_that_could_be_saved_can_be_loaded(tmp_path):
     likes = CFDataLoaders.from_df(df.assign(rating=(df.rating>3)*1.), seed=1, device='cpu')
     cf_learner(likes, loss_func=BCEWithLogitsLossFlat(thresh=0.8)).save_bundle(tmp_path/'t')
     assert load_bundle(tmp_path/'t', device='cpu').loss_func.thresh==0.8
+
+def test_a_name_that_is_too_long_leaves_nothing(tmp_path):
+    with pytest.raises(OSError):
+        with whole_file(tmp_path/('n'*256)) as f: f.write_text('x')
+    assert list(tmp_path.iterdir())==[]

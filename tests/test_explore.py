@@ -316,10 +316,10 @@ def test_the_map(browser, served):
     page.goto(served+'/map')
     page.frame_locator('iframe.map').locator('#legend button').first.wait_for()
     f = next(o for o in page.frames if o.url.endswith('/map/canvas'))
+    canvas,box = f.locator('#map'),page.locator('iframe.map').bounding_box()
     for _ in range(40): # a busy machine lays the frame out late
-        at,box = f.evaluate('[sx(12), sy(12)]'),page.locator('iframe.map').bounding_box()
-        page.mouse.move(box['x']+1, box['y']+1)
-        page.mouse.move(box['x']+1+at[0], box['y']+1+at[1])
+        at = f.evaluate('[sx(12), sy(12)]')
+        for dx in (9,0): canvas.hover(position=dict(x=at[0]+dx, y=at[1])) # waits until the canvas would get it
         if f.locator('#tip').is_visible(): break
         page.wait_for_timeout(50)
     assert f.locator('#tip').is_visible() and 'ratings' in f.locator('#tip').inner_text()

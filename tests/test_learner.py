@@ -272,15 +272,88 @@ def test_predictions_beside_training(df):
     assert len(modes)==3*len(learn.dls.train) and all(modes)
     with learn.lock: assert learn.predict(df[:5])[2].shape==want.shape
 
-def test_callbacks_are_copied_for_predictions_as_they_are(df):
-    class Lock(Callback):
-        def __init__(self): self.out = open
+def test_callbacks_that_have_a_say_in_predictions_are_asked(df):
+    "On the learner itself; beside a model with a mean row as copies, with what they leave out of a pickle"
+    class Say(Callback):
+        def __init__(self): self.out,self.n = open,0
         def __getstate__(self): return {}
-        def after_pred(self): assert self.out is open
+        def after_pred(self):
+            assert self.out is open
+            self.n,self.learn.pred = self.n+1,self.pred+1
     learn = fitted(loaders(df))
-    want = learn.predict(df[:5])[2]
-    learn.add_cb(Lock())
-    assert torch.equal(learn.predict(df[:5])[2], want) and learn.cbs[-1].learn is learn
+    new = (9999,df.title[0])
+    want,mean = learn.predict(df[:5])[2],learn.predict(new, unk='mean')[2]
+    learn.add_cb(Say())
+    torch.testing.assert_close(learn.predict(df[:5])[2], want+1)
+    torch.testing.assert_close(learn.predict(new, unk='mean')[2], mean+1)
+    assert learn.cbs[-1].learn is learn and learn.cbs[-1].n==1
+
+@pytest.mark.parametrize('make', [lambda d: cf_learner(d, seed=1), lambda d: cf_learner(d, 'nn', seed=1), lambda d: cf_learner(d.positives(4), DotProduct, loss_func=BPRLoss(), seed=1),
+                                  lambda d: cf_learner(d.positives(4), DotProduct, loss_func=BCELoss(), seed=1), lambda d: cf_learner(d, LightGCN, seed=1), lambda d: cf_learner(d.positives(4), EASE(d.positives(4)))],
+                         ids=['dot','nn','bpr','bce','lightgcn','ease'])
+def test_predictions_are_those_of_fastais_loop(df, make):
+    "Row by row as at once, without a loop of anybody"
+    learn = make(loaders(df))
+    learn.remove_cbs(ProgressCallback)
+    rows = df[:50]
+    got = learn.predict(rows)[2]
+    with learn.no_bar(): want = learn.get_preds(dl=learn.dls.test_dl(rows))[0]
+    torch.testing.assert_close(got, want.reshape(50, 1))
+    torch.testing.assert_close(torch.cat([learn.predict(rows[i:i+1])[2] for i in range(3)]), got[:3])
+
+def test_predictions_of_a_loaded_learner_build_nothing_anew(df, tmp_path, monkeypatch):
+    made = []
+    for model,loss in ((DotProduct,BPRLoss()), (LightGCN,BPRLoss())):
+        cf_learner(loaders(df).positives(4), model, loss_func=loss, seed=1).save_bundle(tmp_path/model.__name__)
+        learn = load_bundle(tmp_path/model.__name__)
+        learn.predict(df[:1])
+        monkeypatch.setattr('cfext.negatives.NegativeSampler.__init__', lambda self, *a, **k: made.append('sampler'))
+        monkeypatch.setattr(LightGCN, 'build', lambda self, *a: made.append('tables'))
+        for _ in range(3): learn.predict(df[:1])
+        monkeypatch.undo()
+    assert made==[]
+
+class Plain(nn.Module):
+    def __init__(self, n_users, n_items):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.user_factors,self.item_factors = (nn.Parameter(torch.randn(n, 3, generator=g)) for n in (n_users, n_items))
+        self.drop = nn.Dropout(.5)
+    def forward(self, x): return self.drop((self.user_factors[x[:,0]]*self.item_factors[x[:,1]]).sum(1, keepdim=True))
+
+def test_predictions_of_compiled_scripted_and_odd_models(df):
+    class Held(Plain):
+        "Tables that are no parameters, a method kept as an attribute"
+        def __init__(self, *n):
+            super().__init__(*n)
+            u = self.user_factors.detach().clone()
+            del self.user_factors
+            self.user_factors,self.f = u,self._f
+        def _f(self, x): return super().forward(x)
+        def forward(self, x): return self.f(x)
+    class View(Plain):
+        "Tables that are made each time"
+        def __init__(self, *n):
+            super().__init__(*n)
+            self.W = nn.Parameter(self.user_factors.detach().clone())
+            del self.user_factors
+        @property
+        def user_factors(self): return self.W[:]
+    dls,x = loaders(df),(9999,df.title[0])
+    sizes = dls.n_users,dls.n_items
+    plain = cf_learner(dls, Plain(*sizes), unk_p=0)
+    rows,mean = plain.predict(df[:5])[2],plain.predict(x, unk='mean')[2]
+    for m in (torch.compile(Plain(*sizes), backend='eager'), Held(*sizes), View(*sizes), torch.jit.script(Plain(*sizes))):
+        learn = CFLearner(dls, m, loss_func=MSELossFlat())
+        torch.testing.assert_close(learn.predict(df[:5])[2], rows)
+        if isinstance(m, (View,torch.jit.ScriptModule)):
+            with pytest.raises(ValueError, match='no row of them can be replaced'): learn.predict(x, unk='mean')
+        else: torch.testing.assert_close(learn.predict(x, unk='mean')[2], mean)
+
+def test_known_ids_keep_their_digits_beside_a_missing_one():
+    u = 2**60+1
+    learn = cf_learner(CFDataLoaders.from_df(pd.DataFrame(dict(user=[u,u,2,2], item=[1,2,1,2], rating=[1.,2,3,4])), valid_pct=0, device='cpu'))
+    assert learn.predict(pd.DataFrame(dict(user=pd.array([u,None], dtype='Int64'), item=[1,1])), unk='na')[0].user[0]==u
 
 def test_planted_factors_are_found():
     "Item factors recover the planted ones up to a linear map's rotation (Procrustes), biases follow the planted biases"

@@ -129,3 +129,11 @@ def test_what_a_bundle_cannot_hold_is_refused_at_once_and_negatives_stay():
     later = learn.add_ids(sides[:1].assign(title='new'))
     assert (later.negatives.n_neg,later.negatives.how)==(5,'popularity')
     with pytest.raises(ValueError, match='holds 1 missing ids'): learn.add_ids(sides[:1].assign(title=None))
+
+def test_whole_numbers_beside_missing_cells_stay_whole():
+    f = pd.Categorical([1,2,None])
+    for kw in (dict(sep={'f':'|'}), {}):
+        spec = fit_sides(pd.DataFrame(dict(id=[1,2,3], f=pd.Categorical([1,2,1]))), 'id', **kw)
+        (codes,_,_),miss = encode_sides(spec, pd.DataFrame(dict(id=[4,5,6], f=f)), 'id', pd.Index([4,5,6]))
+        assert codes[:,0].tolist()==[1,2,0] and miss['unknown levels']==0
+        assert fit_sides(pd.DataFrame(dict(id=[4,5,6], f=f)), 'id', **kw)[0]['levels']==(['1','2'] if kw else [1,2])
