@@ -128,27 +128,34 @@ class CFLearner(Learner):
     def _end_cleanup(self):
         self.__dict__.pop('_step_graph', None)
         super()._end_cleanup()
-    def _around(self, model):
-        "This learner around a copy of `model`, with callbacks of its own; threads may ask this one meanwhile"
-        res = object.__new__(type(self))
-        res.__dict__.update(self.__dict__, model=shared_copy(model).eval(), cbs=L(), lock=Lock(), training=False, epoch=0)
-        for cb in self.cbs:
-            if type(cb) is TrainEvalCallback: continue # it would move the tensors
-            own = object.__new__(type(cb)) # as it is, whatever it leaves out of a pickle
-            own.__dict__.update(vars(cb))
-            own.learn = res
-            res.cbs.append(own)
-            if vars(res).get(cb.name) is cb: setattr(res, cb.name, own)
-        return res
-    def get_preds(self, ds_idx=1, dl=None, **kwargs):
-        if getattr(dl, 'unk', None)=='mean' and (dl.dataset.x==0).any(): self = self._around(mean_unknown(self.model))
-        rec = getattr(self, 'recorder', None)
-        kept = {k: getattr(rec, k) for k in (*Recorder._stateattrs, 'metric_names') if hasattr(rec, k)}
-        try:
-            return super().get_preds(ds_idx, dl, **kwargs)
-        finally:
-            for k,v in kept.items(): setattr(rec, k, v)
 
+# %% ../nbs/06_learner.ipynb #eb6c2bc8
+@patch
+def _around(self:CFLearner, model):
+    "This learner around a copy of `model`, with callbacks of its own; threads may ask this one meanwhile"
+    res = object.__new__(type(self))
+    res.__dict__.update(self.__dict__, model=shared_copy(model).eval(), cbs=L(), lock=Lock(), training=False, epoch=0)
+    for cb in self.cbs:
+        if type(cb) is TrainEvalCallback: continue # it would move the tensors
+        own = object.__new__(type(cb)) # as it is, whatever it leaves out of a pickle
+        own.__dict__.update(vars(cb))
+        own.learn = res
+        res.cbs.append(own)
+        if vars(res).get(cb.name) is cb: setattr(res, cb.name, own)
+    return res
+
+@patch
+def get_preds(self:CFLearner, ds_idx=1, dl=None, **kwargs):
+    "As `Learner.get_preds`, with the policy for unknown ids that `dl` has"
+    if getattr(dl, 'unk', None)=='mean' and (dl.dataset.x==0).any(): self = self._around(mean_unknown(self.model))
+    rec = getattr(self, 'recorder', None)
+    kept = {k: getattr(rec, k) for k in (*Recorder._stateattrs, 'metric_names') if hasattr(rec, k)}
+    try:
+        return super(CFLearner, self).get_preds(ds_idx, dl, **kwargs)
+    finally:
+        for k,v in kept.items(): setattr(rec, k, v)
+
+# %% ../nbs/06_learner.ipynb #85a617f4
 @patch
 def _has_say(self:CFLearner):
     "Does anybody have a say in predictions, so that fastai's loop has to run?"
