@@ -51,17 +51,21 @@ class Clock(Callback):
     def before_train(self): self.t = time.perf_counter()
     def after_train(self): self.t = time.perf_counter()-self.t
 
+def interleaved(learns, rows, repeats):
+    "Microseconds a row of each learner, one after the other in each round, and the median of paired ratios of two"
+    ts = {nm: [] for nm in learns}
+    for i in range(repeats+1): # the first round is warm-up
+        for nm,l in learns.items():
+            l.fit(1, 1e-4)
+            if i: ts[nm].append(l.clock.t)
+    return {nm: round(statistics.median(v)/rows*1e6, 3) for nm,v in ts.items()},lambda a,b: round(statistics.median([x/y for x,y in zip(ts[a], ts[b])]), 4)
+
 def times(kind, bs, k, n, repeats):
     runs = dict(plain=(bs,None), big=(bs*k,None), ours=(bs,lambda: GradientAccumulator(bs*k)), fastai=(bs,lambda: GradientAccumulation(bs*k)),
         ours_each_batch=(bs,lambda: GradientAccumulator(1))) # a window of one batch: what the callback itself costs
     learns = {nm: learner(kind, b, n, [Clock()]+([cb()] if cb else [])) for nm,(b,cb) in runs.items()}
-    ts = {nm: [] for nm in runs}
-    for i in range(repeats+1):
-        for nm,l in learns.items():
-            l.fit(1, 1e-4)
-            if i: ts[nm].append(l.clock.t)
-    ratio = lambda a,b: round(statistics.median([x/y for x,y in zip(ts[a], ts[b])]), 4)
-    return dict(bs=bs, window=bs*k, rows=n, repeats=repeats, us_a_row={nm: round(statistics.median(v)/n*1e6, 3) for nm,v in ts.items()},
+    us,ratio = interleaved(learns, n, repeats)
+    return dict(bs=bs, window=bs*k, rows=n, repeats=repeats, us_a_row=us,
         ours_over_plain=ratio('ours','plain'), ours_over_big=ratio('ours','big'), ours_over_fastai=ratio('ours','fastai'),
         window_of_one_over_plain=ratio('ours_each_batch','plain'))
 
@@ -75,14 +79,9 @@ def cf_times(bs=64, k=4, n=40_000, repeats=7):
         return learn.remove_cb(ProgressCallback)
     learns = dict(plain=made(), ours=made(cbs=GradientAccumulator(bs*k)), ours_in_fastais_loop=made(False, GradientAccumulator(bs*k)),
                   plain_in_fastais_loop=made(False))
-    ts = {nm: [] for nm in learns}
-    for i in range(repeats+1):
-        for nm,l in learns.items():
-            l.fit(1, 1e-3)
-            if i: ts[nm].append(l.clock.t)
-    ratio = lambda a,b: round(statistics.median([x/y for x,y in zip(ts[a], ts[b])]), 4)
     rows = len(learns['plain'].dls.train_ds)
-    return dict(bs=bs, window=bs*k, rows=rows, repeats=repeats, us_a_row={nm: round(statistics.median(v)/rows*1e6, 3) for nm,v in ts.items()},
+    us,ratio = interleaved(learns, rows, repeats)
+    return dict(bs=bs, window=bs*k, rows=rows, repeats=repeats, us_a_row=us,
                 ours_over_plain=ratio('ours','plain'), fastais_loop_over_ours=ratio('ours_in_fastais_loop','ours'))
 
 def saved_bytes(kind, bs, cbs=None, n=512):

@@ -155,45 +155,6 @@ def get_preds(self:CFLearner, ds_idx=1, dl=None, **kwargs):
     finally:
         for k,v in kept.items(): setattr(rec, k, v)
 
-# %% ../nbs/06_learner.ipynb #85a617f4
-@patch
-def _has_say(self:CFLearner):
-    "Does anybody have a say in predictions, so that fastai's loop has to run?"
-    def acts(cb): return type(cb).__call__ is not Callback.__call__ or any(_acts(cb, e) for e in ('before_validate','after_validate',*batch_events))
-    quiet = *_known,IdDropout,RowWeights,Negatives
-    return type(self).get_preds is not CFLearner.get_preds or self._own_steps() or any(type(cb) not in quiet and _runs(cb, False) and acts(cb) for cb in self.cbs)
-
-@patch
-def _score(self:CFLearner, dl, x):
-    "Predictions (n,1) of the codes `x` of `dl`; where nobody has a say, nothing of the learner is changed"
-    aside = self._in_fit or current_thread() is not main_thread()
-    if self._has_say(): return (self._around(self.model) if aside else self).get_preds(dl=dl)[0].reshape(len(x), -1)
-    model = mean_unknown(self.model) if dl.unk=='mean' and (x==0).any() else self.model
-    if model.training or self._in_fit: model = shared_copy(model).eval() # the mode is a fit's affair
-    home,parts = next((t.device for t in (*model.parameters(), *model.buffers())), x.device),x.split(dl.bs)
-    with torch.no_grad(): res = [model(o.to(home)).reshape(len(o), -1).cpu() for o in (progress_bar(parts, leave=False) if len(parts)>1 and hasattr(self, 'progress') else parts)]
-    return getcallable(self.loss_func, 'activation')(torch.cat(res))
-
-@patch
-def predict(self:CFLearner,
-    item, # a dict, a (user, item) tuple, a Series, a DataFrame, or a list of those
-    rm_type_tfms=None, # not used; fastai passes it
-    with_input:bool=False, # also return the codes (n,2)
-    *,
-    unk:str|None=None, # unknown ids: 'raise', 'na' or 'mean'; `None`: the loaders' own policy
-)->tuple: # (frame of the ids with a column `pred`, decoded predictions, predictions), each with n rows
-    "Predict the ratings of one row or many"
-    dl = self.dls.test_dl(item := as_frame(item, self.dls.train_ds.cat_names), unk=unk)
-    x = dl.dataset.x.long()
-    preds = self._score(dl, x) if len(x) else torch.zeros(0, 1)
-    df = dl.dataset.frame((x,), pred=preds)
-    for c,known in zip(dl.dataset.cat_names, x.T.cpu().numpy()>0): # an unknown id is the one that was asked for
-        if not known.all():
-            ids = df[c].astype(object).where(known, item[c].to_numpy(object))
-            df[c] = ids if ids.isna().any() else ids.infer_objects() # a gap would make floats of whole numbers
-    dec = getcallable(self.loss_func, 'decodes')(preds)
-    return (df,dec,preds,x) if with_input else (df,dec,preds)
-
 # %% ../nbs/06_learner.ipynb #87d9efc4
 def as_cf_dls(
     dls:DataLoaders, # `CFDataLoaders`, or fastai's `CollabDataLoaders`
@@ -290,3 +251,42 @@ def cf_learner(
     if getattr(kwargs.get('opt_func'), 'func', kwargs.get('opt_func')) is RowAdam: learn.add_cb(SparseRows())
     if isinstance(loss_func, RankingLoss) and not any(isinstance(cb, Negatives) for cb in learn.cbs): learn.add_cb(Negatives(seed=seed))
     return learn
+
+# %% ../nbs/06_learner.ipynb #c2fb7546
+@patch
+def _has_say(self:CFLearner):
+    "Does anybody have a say in predictions, so that fastai's loop has to run?"
+    def acts(cb): return type(cb).__call__ is not Callback.__call__ or any(_acts(cb, e) for e in ('before_validate','after_validate',*batch_events))
+    quiet = *_known,IdDropout,RowWeights,Negatives
+    return type(self).get_preds is not CFLearner.get_preds or self._own_steps() or any(type(cb) not in quiet and _runs(cb, False) and acts(cb) for cb in self.cbs)
+
+@patch
+def _score(self:CFLearner, dl, x):
+    "Predictions (n,1) of the codes `x` of `dl`; where nobody has a say, nothing of the learner is changed"
+    aside = self._in_fit or current_thread() is not main_thread()
+    if self._has_say(): return (self._around(self.model) if aside else self).get_preds(dl=dl)[0].reshape(len(x), -1)
+    model = mean_unknown(self.model) if dl.unk=='mean' and (x==0).any() else self.model
+    if model.training or self._in_fit: model = shared_copy(model).eval() # the mode is a fit's affair
+    home,parts = next((t.device for t in (*model.parameters(), *model.buffers())), x.device),x.split(dl.bs)
+    with torch.no_grad(): res = [model(o.to(home)).reshape(len(o), -1).cpu() for o in (progress_bar(parts, leave=False) if len(parts)>1 and hasattr(self, 'progress') else parts)]
+    return getcallable(self.loss_func, 'activation')(torch.cat(res))
+
+@patch
+def predict(self:CFLearner,
+    item, # a dict, a (user, item) tuple, a Series, a DataFrame, or a list of those
+    rm_type_tfms=None, # not used; fastai passes it
+    with_input:bool=False, # also return the codes (n,2)
+    *,
+    unk:str|None=None, # unknown ids: 'raise', 'na' or 'mean'; `None`: the loaders' own policy
+)->tuple: # (frame of the ids with a column `pred`, decoded predictions, predictions), each with n rows
+    "Predict the ratings of one row or many"
+    dl = self.dls.test_dl(item := as_frame(item, self.dls.train_ds.cat_names), unk=unk)
+    x = dl.dataset.x.long()
+    preds = self._score(dl, x) if len(x) else torch.zeros(0, 1)
+    df = dl.dataset.frame((x,), pred=preds)
+    for c,known in zip(dl.dataset.cat_names, x.T.cpu().numpy()>0): # an unknown id is the one that was asked for
+        if not known.all():
+            ids = df[c].astype(object).where(known, item[c].to_numpy(object))
+            df[c] = ids if ids.isna().any() else ids.infer_objects() # a gap would make floats of whole numbers
+    dec = getcallable(self.loss_func, 'decodes')(preds)
+    return (df,dec,preds,x) if with_input else (df,dec,preds)
