@@ -160,10 +160,11 @@ def whole_file(
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{uuid4().hex}{path.suffix}')
-    there = path.exists() # raises where the name is too long
+    try: mode = path.stat().st_mode # one look: another process may take the file away
+    except FileNotFoundError: mode = None
     os.close(os.open(tmp, os.O_CREAT|os.O_EXCL, 0o666))
     try:
-        mode = (path if there else tmp).stat().st_mode
+        if mode is None: mode = tmp.stat().st_mode
         yield tmp
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
         os.chmod(tmp, mode & 0o777)

@@ -187,6 +187,17 @@ def test_whole_files_of_long_names(tmp_path):
     for name in ('x'*251+'.csv', '\u00fc'*125+'.csv', 'no_suffix'*28): assert write(tmp_path/name).read_text()=='new'
     assert len(list(tmp_path.iterdir()))==3
 
+def test_a_file_that_another_writer_removes_meanwhile(tmp_path, monkeypatch):
+    path,real = write(tmp_path/'a.txt', 'old').resolve(),Path.stat
+    def stat(self, **kwargs):
+        res = real(self, **kwargs)
+        if self==path: path.unlink()
+        return res
+    with monkeypatch.context() as m:
+        m.setattr(Path, 'stat', stat)
+        write(path)
+    assert path.read_text()=='new'
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path/'there').mkdir()
     for target,link in ((tmp_path/'there'/'a.txt', tmp_path/'a.txt'), (tmp_path/'there'/'not yet.txt', tmp_path/'b.txt')):
