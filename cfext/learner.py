@@ -112,6 +112,7 @@ class CFLearner(Learner):
         return type(self.dl) is ResidentDL and rows.type==model.type and rows.index in (None,model.index)
     def _fast_epoch(self):
         step_by_step = lean_epoch if factor_hurdle(self) else factor_epoch
+        if lr_finder(self): return lean_epoch(self) # which looks at each loss
         if torch.device(self.dls.device).type!='cuda' or self.no_capture: return step_by_step(self)
         from cfext.kernels import apply_adam,kernel_hurdle,kernel_epoch,kernel_ready
         if kernel_hurdle(self) is None: return kernel_epoch(self)

@@ -102,7 +102,7 @@ def stop(self:_Member):
 def _check_member(j, l, l0):
     "Raise if a learner at its batches is one that cannot be trained together with the first"
     if not isinstance(l.dl, ResidentDL): raise TypeError(f"learner {j} has no CFDataLoaders: train it by itself")
-    needs = batch_needs(l)
+    needs = [*batch_needs(l), *(['lr_finder'] if lr_finder(l) else [])]
     if needs: raise ValueError(f"learner {j} has callbacks that act on each batch ({', '.join(needs)}): leave them out, or train it by itself")
     odd = {f.__self__.name for fs in _asks(l).values() for f in fs if type(f.__self__) not in (IdDropout,RowWeights)}
     if odd: raise ValueError(f"learner {j} has {', '.join(sorted(odd))}, which cannot act on many learners at once: train it by itself")

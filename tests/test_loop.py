@@ -644,3 +644,34 @@ def test_a_subclass_with_events_of_its_own_is_asked():
     assert factor_hurdle(learn) is None
     learn = fit('lean', lambda l: l.fit(1, 0.01), cbs=Looks)
     assert learn.looks.seen==list(range(1, len(learn.dls.train)+1))
+
+def search(fast, num_it=60, made={}, **kwargs):
+    "A search for a learning rate, and a fit after it"
+    learn,cb = make('fastai', **made),LRFinder(num_it=num_it, **{'end_lr':1., **kwargs})
+    learn.fast = fast
+    torch.manual_seed(3)
+    with learn.no_bar():
+        with learn.no_logging(): learn.fit(num_it//len(learn.dls.train)+1, cbs=cb) # as `lr_find` does
+        rec = learn.recorder
+        res = [*map(float, rec.losses)],list(rec.lrs),list(cb.hps['lr']),learn.train_iter,learn.iter,learn.pct_train,learn.epoch,[dict(h) for h in learn.opt.hypers]
+        with learn.no_logging(): learn.fit(1, 0.01)
+    return *res,[*map(float, rec.losses)]
+
+@pytest.mark.parametrize('kwargs', [{}, dict(made=dict(bs=512)), dict(num_it=75, end_lr=50., made=dict(y_range=None)), dict(end_lr=1e4, stop_div=False), dict(num_it=3),
+    dict(made=dict(unk_p=0.1)), dict(made=dict(opt_func=SGD)), dict(made=dict(splitter=split)), dict(made=dict(cbs=lambda: GradientClip(0.1))), dict(made=dict(weights=True)),
+    dict(made=dict(loss_func=BPRLoss(), y_range=None), end_lr=1e5), dict(made=dict(cbs=lambda: [EMA(0.9), GradientAccumulator(128)])), dict(made=dict(cbs=lambda: TerminateOnNaNCallback()), end_lr=1e30)], ids=str)
+def test_a_search_for_a_learning_rate_is_that_of_fastai_s_loop(kwargs):
+    "Losses, rates, where it stops, and what a fit gets afterwards"
+    slow,fast = search(False, **kwargs),search(True, **kwargs)
+    for a,b in zip(slow, fast): assert a==b if isinstance(a, int) or isinstance(a, list) and isinstance(a[0], dict) else pytest.approx(a, rel=1e-4, nan_ok=True)==b
+    ends = len(slow[0])
+    if kwargs.get('end_lr', 1)>=50 and kwargs.get('stop_div', True): assert ends<kwargs.get('num_it', 60) # it ran away, and was stopped
+
+def test_a_search_for_a_learning_rate_of_one_s_own_is_asked_at_each_batch(capsys):
+    class Own(LRFinder): pass
+    learn = make('fastai')
+    learn.fast = None
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=Own(num_it=10))
+    assert len(learn.recorder.losses)==10 and 'these callbacks act on each batch: own (before_batch after_batch)' in capsys.readouterr().out
+    with learn.no_bar(): learn.lr_find(num_it=10, show_plot=False)
+    assert not capsys.readouterr().out

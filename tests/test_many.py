@@ -3,7 +3,7 @@ import gc,re,threading
 from functools import partial
 
 import numpy as np,pandas as pd,pytest,torch
-from fastai.callback.all import Callback,EarlyStoppingCallback,GradientClip,ParamScheduler,ProgressCallback,TerminateOnNaNCallback
+from fastai.callback.all import Callback,EarlyStoppingCallback,GradientClip,LRFinder,ParamScheduler,ProgressCallback,TerminateOnNaNCallback
 from fastai.losses import L1LossFlat
 from fastai.metrics import mae
 from fastai.optimizer import Adam,RMSProp,SGD
@@ -200,7 +200,7 @@ def test_together_in_an_ensemble(tmp_path):
     (lambda: [], 'no learners'), (lambda: [make(0), make(1, n_factors=5)], 'another shape'), (lambda: [make(0), make(1, DotProduct)], 'another class'),
     (lambda: [make(0), make(1, y_range=(0,6))], 'another configuration'), (lambda: [make(0), make(1, bs=60)], 'batches of 60 rows, learner 0 of 61'),
     (lambda: [make(0), make(1, loss_func=L1LossFlat())], 'another loss'), (lambda: [make(0), make(1, opt_func=SGD)], 'another optimizer'),
-    (lambda: [make(0, cbs=GradientAccumulator(128))], 'has gradient_accumulator, which cannot act on many'), (lambda: [make(0, cbs=GradientAccumulator(128, sched='step'))], 'act on each batch'), (lambda: [make(0, opt_func=RMSProp)], 'another optimizer'), (lambda: [make(0), make(1, opt_func=partial(Adam, decouple_wd=False))], 'another kind of weight decay'),
+    (lambda: [make(0, cbs=LRFinder())], 'act on each batch .lr_finder'), (lambda: [make(0, cbs=GradientAccumulator(128))], 'has gradient_accumulator, which cannot act on many'), (lambda: [make(0, cbs=GradientAccumulator(128, sched='step'))], 'act on each batch'), (lambda: [make(0, opt_func=RMSProp)], 'another optimizer'), (lambda: [make(0), make(1, opt_func=partial(Adam, decouple_wd=False))], 'another kind of weight decay'),
     (lambda: [make(0), make(1, weight_name='weight')], 'do not both have weights'), (lambda: [make(0), make(1, cbs=GradientClip())], 'has gradient_clip, which cannot act on many'),
     (lambda: [make(0), make(1, loss_func=BPRLoss())], 'negatives'), (lambda: [make(0, 'nn', config=wide), make(1, 'nn', config={**wide, 'embed_p':0.1})], 'another configuration'),
     (lambda: [make(0)]*2, 'more than once'), (lambda: [make(0), cf_learner(make(0).dls, m := make(1).model), cf_learner(make(0).dls, m)], 'share a model')])
