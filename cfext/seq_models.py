@@ -302,17 +302,18 @@ def from_samples(self:SeqLoss,
 def target_ranks(
     scores:Tensor, # (n,n_vocab) scores of all codes
     y:Tensor, # (n,) long, the target of each row
-    seen:Tensor|None=None, # (n,m) long codes to leave out of the candidates, padded with 0; never the target
+    seen:Tensor|None=None, # (n,m) long codes to leave out of the candidates, padded with 0
     only:Tensor|None=None, # (n,m) long codes: rank against these alone
-)->Tensor: # (n,) float, 0 = first
+)->Tensor: # (n,) float, 0 = first, inf = the target is among `seen`
     "Count the candidates that score higher than each target, and half of those that score the same"
     t = scores.gather(1, y[:,None])
     if not torch.isfinite(t).all(): raise ValueError("a target's score is not finite: has the model diverged?")
     if only is not None: s,self_too = scores.gather(1, only),0
     else:
-        if seen is not None: scores = scores.scatter(1, seen, -math.inf).scatter_(1, y[:,None], t)
+        if seen is not None: scores = scores.scatter(1, seen, -math.inf)
         s,self_too = scores[:,1:],1
-    return (s>t).sum(1)+((s==t).sum(1)-self_too)/2
+    res = (s>t).sum(1)+((s==t).sum(1)-self_too)/2
+    return res if seen is None or only is not None else res.masked_fill((seen==y[:,None]).any(1), math.inf)
 
 def rank_metrics(
     ranks:Tensor, # (n,) ranks, 0 = first
@@ -343,4 +344,7 @@ class NextAt(Metric):
         s,y = model.score(learn.pred[rows,last]),y[rows,last]
         self.ranks.append(target_ranks(s, y, x if self.drop_seen else None))
     @property
-    def value(self): return rank_metrics(torch.cat(self.ranks), self.k)[self.name] if self.ranks else None
+    def value(self):
+        if not self.ranks: return
+        r = torch.cat(self.ranks)
+        return rank_metrics(r[r.isfinite()], self.k)[self.name]

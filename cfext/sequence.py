@@ -177,7 +177,7 @@ def next_ranks(self:SeqLearner,
     drop_seen:bool=True, # leave out what the user already has?
     n_sampled:int|None=None, # rank against so many random items that the user does not have; `None`: against all
     seed:int=42, # of the random items
-)->Tensor: # (n,) float ranks of the held-out items, 0 = first
+)->Tensor: # (n,) float ranks of the held-out items, 0 = first; with `drop_seen` inf where the user has the item already
     "Rank the held-out item of each user among the catalogue"
     _need_histories(self.dls, "`validate()` gives its loss")
     dl = self.dls[{'valid':1,'test':2}[check_choice(part, 'part', ('valid','test'))]]
@@ -210,11 +210,13 @@ def evaluate(self:SeqLearner,
     drop_seen:bool=True, # leave out what the user already has?
     n_sampled:int|None=None, # against so many random items instead of all
     seed:int=42, # of the random items
-)->dict: # recall and ndcg at k, mrr; n: rows; ranked: against what
+)->dict: # recall and ndcg at k, mrr; n: rows; left_out: rows whose item the user already has, with `drop_seen`; ranked: against what
     "Report recall, NDCG and MRR of the held-out items"
     r = self.next_ranks(part, drop_seen, n_sampled, seed)
+    on = r.isfinite()
+    if not on.any(): raise ValueError("each held-out item is one that its user has already, and lists leave those out: pass drop_seen=False, for `recommend` too")
     ranked = f'all {self.dls.n_vocab-1} items' + (' but seen ones' if drop_seen else '') if n_sampled is None else f'{n_sampled} sampled items'
-    return {**rank_metrics(r, k), 'n':len(r), 'ranked':ranked}
+    return {**rank_metrics(r[on], k), 'n':int(on.sum()), 'left_out':int((~on).sum()), 'ranked':ranked}
 
 # %% ../nbs/15c_sequence.ipynb #3997fe8f
 class MostPopular(SeqModel):

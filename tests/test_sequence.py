@@ -117,7 +117,8 @@ def test_a_catalogue_of_one_item(tmp_path):
     dls = SeqDataLoaders.from_pairs(tmp_path/'one', bs=2)
     learn = seq_learner(dls, 'sasrec', config=dict(n_factors=4))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    eq(learn.evaluate('test', 1)['recall@1'], 1.)
+    eq(learn.evaluate('test', 1, drop_seen=False)['recall@1'], 1.)
+    with pytest.raises(ValueError, match='has already'): learn.evaluate('test', 1)
     eq((len(learn.recommend(1)),len(learn.recommend(1, drop_seen=False))), (0,1))
     with pytest.raises(ValueError, match='no negatives'): seq_learner(dls, 'sasrec', 'gbce')
 
@@ -246,8 +247,26 @@ def test_ranks_against_a_naive_loop():
                 past,target = h[:len(h)-off],int(h[len(h)-off])
                 s = learn.next_scores(past[-5:][None])[0]
                 cand = [i for i in range(1, dls.n_vocab) if i!=target and not (drop and i in past.tolist())]
-                want.append(sum((s[i]>s[target]).item()+.5*(s[i]==s[target]).item() for i in cand))
-            close(learn.next_ranks(part, drop).tolist(), want)
+                want.append(math.inf if drop and target in past.tolist() else sum((s[i]>s[target]).item()+.5*(s[i]==s[target]).item() for i in cand))
+            assert math.inf in want or not drop
+            assert learn.next_ranks(part, drop).tolist()==pytest.approx(want)
+
+def test_evaluation_says_what_the_lists_hold():
+    "Where people come back for the same, rows that no list can hold are left out, and counted"
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(user=rng.integers(0, 40, 900), item=(rng.pareto(1, 900)*5).astype(int)%30, timestamp=np.arange(900)))
+    dls = SeqDataLoaders.from_df(df, seed=0)
+    learn = seq_learner(dls, MostPopular(dls))
+    with torch.no_grad(): learn.model.head.bias += torch.rand(dls.n_vocab, generator=torch.Generator().manual_seed(0)) # no ties
+    hist = df.groupby('user').item.agg(list)
+    for drop in (True,False):
+        rows = [o for o in hist if not (drop and o[-1] in o[:-1])]
+        hits = [o[-1] in learn.recommend_next(o[:-1], 5, drop).item.tolist() for o in rows]
+        res = learn.evaluate('test', 5, drop)
+        assert 3<len(rows) and (res['n'],res['left_out'])==(len(rows),len(hist)-len(rows)) and abs(res['recall@5']-np.mean(hits))<1e-9
+        assert drop==(res['left_out']>0)
+    again = SeqDataLoaders.from_df(pd.DataFrame(dict(user=[1,1,1,1,2,2,2,2], item=[1,2,1,1,2,1,2,2], timestamp=range(8))), seed=0)
+    with pytest.raises(ValueError, match='has already.*pass drop_seen=False'): seq_learner(again, MostPopular(again)).evaluate()
 
 def test_constant_model_is_in_the_middle():
     dls = SeqDataLoaders.from_df(visits(60), max_len=5, bs=3)
