@@ -123,6 +123,7 @@ def alone(self:Explorer,
     dls = self.learn.dls
     dss = [ds.subset((ds.x[:,0]==u+1).nonzero()[:,0]) for ds in (dls.train_ds, dls.valid_ds)]
     res = CFDataLoaders(*(ResidentDL(ds, bs=dls.train.bs, device=dls.device) for ds in dss), device=dls.device)
+    res.also_seen = tuple(None if x is None else x[x[:,0]==u+1] for x in dls.also_seen)
     return CFLearner(res, self.plain, loss_func=self.learn.loss_func)
 
 @patch
@@ -143,6 +144,7 @@ def _why(learn, user, item, k):
     "[(item id, rating, share)] of the likings that raise a prediction most; nothing where it cannot be told"
     try: df = learn.explain(user, item, k=None)
     except (ValueError,TypeError,KeyError): return []
+    df = df.groupby(df.columns[0], sort=False).agg(rating=('rating','mean'), share=('share','sum')).reset_index() # what was had more than once
     top = df[(df.share>0)&(df.rating>=df.rating.mean())].nlargest(k, 'share')
     return list(zip(top[df.columns[0]], top.rating, top.share))
 

@@ -94,6 +94,22 @@ def test_why_names_what_was_liked(bundle):
     why = [t for o in ex.lists(ex.alone(u), 7, 10) for _,t,_ in o['why']]
     assert why and set(why)<=liked
 
+def test_what_was_rated_low_is_not_recommended(tmp_path, quiet):
+    df = synth_ratings(40, 30, 500, seed=3)
+    learn = cf_learner(CFDataLoaders.from_df(df, seed=5, device='cpu').positives(4), n_factors=5, loss_func=BPRLoss(), seed=0)
+    ex = Explorer(learn.save_bundle(tmp_path/'b'))
+    for user in ex.users:
+        had = set(df[df.user==user].item)
+        assert not had & {ex.items[o['item']] for o in ex.lists(ex.alone(ex.users.get_loc(user)), user, 30)}
+
+def test_what_was_had_twice_is_one_reason(tmp_path, quiet):
+    df = synth_ratings(40, 30, 500, seed=3)
+    learn = cf_learner(CFDataLoaders.from_df(pd.concat([df, df, df]), valid_pct=0, device='cpu'), n_factors=5, seed=0)
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.02)
+    ex = Explorer(learn.save_bundle(tmp_path/'b'))
+    whys = [[i for i,_,_ in o['why']] for user in ex.users[:9] for o in ex.lists(ex.alone(ex.users.get_loc(user)), user, 5, n_why=3)]
+    assert sum(map(len, whys))>20 and all(len(o)==len(set(o)) for o in whys)
+
 def test_nothing_is_written(bundle, client):
     digest = lambda: {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in bundle[0].iterdir()}
     before = digest()
