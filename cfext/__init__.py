@@ -9,6 +9,7 @@ with _warnings.catch_warnings(): # torch warns of `torch.jit.script`, which fast
 
 from .core import *
 from .sources import *
+from .ids import *
 from .data import *
 from .embed import *
 from .models import *

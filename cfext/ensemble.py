@@ -18,6 +18,7 @@ from fastai.losses import *
 from fastai.torch_core import default_device
 from fastcore.all import *
 from .core import *
+from .ids import *
 from .data import *
 from .models import *
 from .losses import *

@@ -18,6 +18,7 @@ from fastai.collab import TabularCollab
 from fastai.tabular.all import *
 from fastprogress.fastprogress import progress_bar
 from .core import *
+from .ids import *
 from .data import *
 from .models import *
 from .losses import *
