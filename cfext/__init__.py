@@ -39,6 +39,7 @@ from .blend import *
 from .tables import *
 from .features import *
 from .bundle import *
+from .merged import *
 from .folds import *
 from .ensemble import *
 from .stacked import *
