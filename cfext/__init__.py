@@ -9,6 +9,7 @@ with _warnings.catch_warnings(): # torch warns of `torch.jit.script`, which fast
 
 from .core import *
 from .sources import *
+from .ids import *
 from .data import *
 from .embed import *
 from .models import *
@@ -38,6 +39,7 @@ from .blend import *
 from .tables import *
 from .features import *
 from .bundle import *
+from .merged import *
 from .folds import *
 from .ensemble import *
 from .stacked import *

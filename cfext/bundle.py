@@ -16,6 +16,7 @@ from safetensors.torch import load_file,save_file
 from fastai.data.all import *
 from fastai.losses import *
 from .core import *
+from .ids import *
 from .data import *
 from .models import *
 from .losses import *

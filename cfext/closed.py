@@ -40,7 +40,7 @@ def history_rows(
     res[row, items[at]] = 1
     return res
 
-# %% ../nbs/04b_closed.ipynb #68394142
+# %% ../nbs/04b_closed.ipynb #49647add
 def _solved(cls, base, config, state):
     "A solved model with the tables of `state`; nothing is solved again"
     model = cls.__new__(cls)
@@ -55,6 +55,7 @@ def _rows_to_solve(dls):
     if not len(dls.train_ds): raise ValueError("the loaders hold no training rows to solve from, as those of a bundle without its rows: make them with `from_df`")
     return dls.train_ds.x
 
+# %% ../nbs/04b_closed.ipynb #68394142
 class _ItemBased(CFModel):
     "Scores by a user's history times a table of items `weight` (n_items, n_items)"
     rates = False
@@ -75,19 +76,23 @@ class _ItemBased(CFModel):
         "Raise a `ValueError`: the histories are what it scores by"
         raise ValueError(f"{type(self).__name__} scores users by their rows, and is nothing without them; an IALS of the same loaders is something")
     def _rows(self, users, dtype=torch.float32): return history_rows(users, self.starts, self.items, self.n_items, dtype)
-    def gram(self, tile=None):
-        users = torch.arange(self.n_users, device=self.items.device)
-        tile = ifnone(tile, 1<<(24 if users.device.type=='cpu' else 28))
-        G = torch.zeros(self.n_items, self.n_items, dtype=torch.float64, device=users.device)
-        for us in users.split(max(1, tile//self.n_items)):
-            X = self._rows(us)
-            G += (X.T@X).double()
-        return G
     def score_items(self, users): return self._rows(users)@self.weight
     def forward(self, x):
         us,inv = x[:,0].unique(return_inverse=True)
         if not len(us): return self.weight.new_zeros(0, 1)
         return self.score_items(us)[inv, x[:,1]][:,None]
+
+# %% ../nbs/04b_closed.ipynb #d8290915
+@patch
+def gram(self:_ItemBased, tile=None):
+    "Count the users that each two items share, (n_items,n_items) double"
+    users = torch.arange(self.n_users, device=self.items.device)
+    tile = ifnone(tile, 1<<(24 if users.device.type=='cpu' else 28))
+    G = torch.zeros(self.n_items, self.n_items, dtype=torch.float64, device=users.device)
+    for us in users.split(max(1, tile//self.n_items)):
+        X = self._rows(us)
+        G += (X.T@X).double()
+    return G
 
 # %% ../nbs/04b_closed.ipynb #c4100ed7
 class EASE(_ItemBased):

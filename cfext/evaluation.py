@@ -16,6 +16,7 @@ from torch import nn,Tensor
 from fastai.learner import Metric
 from fastcore.all import *
 from .core import *
+from .ids import *
 from .data import *
 from .models import *
 from .losses import *

@@ -16,6 +16,7 @@ from fastcore.all import *
 from .core import *
 from .sources import *
 from .sources import _times
+from .ids import *
 from .data import *
 from .learner import *
 from .bundle import *

@@ -18,6 +18,7 @@ from fastai.collab import TabularCollab
 from fastai.tabular.all import *
 from fastprogress.fastprogress import progress_bar
 from .core import *
+from .ids import *
 from .data import *
 from .models import *
 from .losses import *
@@ -66,6 +67,58 @@ class RowWeights(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
+# %% ../nbs/06_learner.ipynb #498dc8a3
+class CFLearner(Learner):
+    "A `Learner` over `CFDataLoaders` that answers in the caller's ids"
+    fast,no_capture,_in_fit = None,False,False
+    def _call_one(self, event_name):
+        "As `Learner`'s, but callbacks that have nothing to do at an event are not asked, which takes some 20 microseconds each"
+        if not hasattr(event, event_name): return super()._call_one(event_name)
+        for cb in sorted(self.cbs.items, key=attrgetter('order')):
+            if _acts(cb, event_name) or event_name=='after_fit' or type(cb).__call__ is not Callback.__call__: cb(event_name)
+
+# %% ../nbs/06_learner.ipynb #710093d1
+@patch
+def create_opt(self:CFLearner):
+    "As `Learner.create_opt`, or raise if there is nothing to train"
+    if not any(p.requires_grad for p in self.model.parameters()): raise ValueError(f"{type(self.model).__name__} has nothing to train: its parameters are frozen, or it is a closed form and fitted already")
+    super(CFLearner, self).create_opt()
+
+@patch
+def _set_device(self:CFLearner, b): return super(CFLearner, self)._set_device(b) if any(True for _ in self.model.parameters()) else to_device(b, self.dls.device)
+
+# %% ../nbs/06_learner.ipynb #720e1dfc
+@patch
+def _tell(self:CFLearner, what):
+    if what in self.__dict__.setdefault('_told', []): return
+    self._told.append(what)
+    print(what)
+
+@patch
+def _own_steps(self:CFLearner): return [n for n in ('one_batch','_do_one_batch','_do_grad_opt','_backward','_step') if n in vars(self) or getattr(type(self), n, None) is not getattr(Learner, n, None)]
+
+@patch
+def _is_plain(self:CFLearner):
+    "Are batches rows that lie where the model lies?"
+    rows,model = getattr(self.dl, 'device', None),next(self.model.parameters(), next(self.model.buffers(), self.dl)).device
+    return type(self.dl) is ResidentDL and rows.type==model.type and rows.index in (None,model.index)
+
+# %% ../nbs/06_learner.ipynb #a3966fd6
+@patch
+def _fast_epoch(self:CFLearner):
+    "Train an epoch without events"
+    step_by_step = lean_epoch if factor_hurdle(self) else factor_epoch
+    if lr_finder(self): return lean_epoch(self) # which looks at each loss
+    if torch.device(self.dls.device).type!='cuda' or self.no_capture: return step_by_step(self)
+    from cfext.kernels import apply_adam,kernel_hurdle,kernel_epoch,kernel_ready
+    if kernel_hurdle(self) is None: return kernel_epoch(self)
+    if why := capture_hurdle(self):
+        self._tell(f"the steps are not captured: {why}")
+        return step_by_step(self)
+    if (why := kernel_ready(str(self.dls.device))) is None: return captured_epoch(self, apply=apply_adam)
+    if step_by_step is factor_epoch: self._tell(f"the step is recorded from PyTorch's functions: {why}")
+    captured_epoch(self)
+
 # %% ../nbs/06_learner.ipynb #29019cdb
 def _needs(learn):
     "What a training step holds on the device, and what can be done about it"
@@ -76,59 +129,33 @@ def _needs(learn):
             f"times that, and a batch of {learn.dls.train.bs:,} rows comes on top; take a smaller `bs`, fewer `n_factors`, `device='cpu'` for the loaders, "
             "or free what other learners hold (del learn; torch.cuda.empty_cache())")
 
-class CFLearner(Learner):
-    "A `Learner` over `CFDataLoaders` that answers in the caller's ids"
-    fast,no_capture,_in_fit = None,False,False
-    def _call_one(self, event_name):
-        "As `Learner`'s, but callbacks that have nothing to do at an event are not asked, which takes some 20 microseconds each"
-        if not hasattr(event, event_name): return super()._call_one(event_name)
-        for cb in sorted(self.cbs.items, key=attrgetter('order')):
-            if _acts(cb, event_name) or event_name=='after_fit' or type(cb).__call__ is not Callback.__call__: cb(event_name)
-    def _tell(self, what):
-        if what in self.__dict__.setdefault('_told', []): return
-        self._told.append(what)
-        print(what)
-    def all_batches(self):
-        check_fits(self.model, self.dls, spare=True)
-        if self.training and not len(self.dls.train_ds): raise ValueError("there are no training rows: a learner loaded without its rows answers, but trains on new loaders only, from CFDataLoaders.from_df(ratings)")
-        if self.fast is False: return super().all_batches()
-        if not self.training: return lean_validate(self) if self._is_plain() and not batch_needs(self, training=False) else super().all_batches()
-        needs = {**batch_needs(self), **({type(self).__name__:own} if (own := self._own_steps()) else {})}
-        why = ', '.join(f"{n} ({' '.join(e)})" for n,e in needs.items())
-        if why and self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
-        try:
-            if not why: return self._fast_epoch()
-            self._tell(f"fastai's loop runs, since these callbacks act on each batch: {why}")
-            super().all_batches()
-        except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
-    def _own_steps(self): return [n for n in ('one_batch','_do_one_batch','_do_grad_opt','_backward','_step') if n in vars(self) or getattr(type(self), n, None) is not getattr(Learner, n, None)]
-    def create_opt(self):
-        if not any(p.requires_grad for p in self.model.parameters()): raise ValueError(f"{type(self.model).__name__} has nothing to train: its parameters are frozen, or it is a closed form and fitted already")
-        super().create_opt()
-    def _set_device(self, b): return super()._set_device(b) if any(True for _ in self.model.parameters()) else to_device(b, self.dls.device)
-    def _is_plain(self):
-        "Are batches rows that lie where the model lies?"
-        rows,model = getattr(self.dl, 'device', None),next(self.model.parameters(), next(self.model.buffers(), self.dl)).device
-        return type(self.dl) is ResidentDL and rows.type==model.type and rows.index in (None,model.index)
-    def _fast_epoch(self):
-        step_by_step = lean_epoch if factor_hurdle(self) else factor_epoch
-        if lr_finder(self): return lean_epoch(self) # which looks at each loss
-        if torch.device(self.dls.device).type!='cuda' or self.no_capture: return step_by_step(self)
-        from cfext.kernels import apply_adam,kernel_hurdle,kernel_epoch,kernel_ready
-        if kernel_hurdle(self) is None: return kernel_epoch(self)
-        if why := capture_hurdle(self):
-            self._tell(f"the steps are not captured: {why}")
-            return step_by_step(self)
-        if (why := kernel_ready(str(self.dls.device))) is None: return captured_epoch(self, apply=apply_adam)
-        if step_by_step is factor_epoch: self._tell(f"the step is recorded from PyTorch's functions: {why}")
-        captured_epoch(self)
-    def _do_fit(self):
-        self._in_fit = True
-        try: super()._do_fit()
-        finally: self._in_fit = False
-    def _end_cleanup(self):
-        self.__dict__.pop('_step_graph', None)
-        super()._end_cleanup()
+@patch
+def all_batches(self:CFLearner):
+    "Run an epoch by the fastest loop that asks whoever has to be asked"
+    check_fits(self.model, self.dls, spare=True)
+    if self.training and not len(self.dls.train_ds): raise ValueError("there are no training rows: a learner loaded without its rows answers, but trains on new loaders only, from CFDataLoaders.from_df(ratings)")
+    if self.fast is False: return super(CFLearner, self).all_batches()
+    if not self.training: return lean_validate(self) if self._is_plain() and not batch_needs(self, training=False) else super(CFLearner, self).all_batches()
+    needs = {**batch_needs(self), **({type(self).__name__:own} if (own := self._own_steps()) else {})}
+    why = ', '.join(f"{n} ({' '.join(e)})" for n,e in needs.items())
+    if why and self.fast: raise ValueError(f"`fast`=True, but these callbacks act on each batch: {why}; leave them out, or use fast=None")
+    try:
+        if not why: return self._fast_epoch()
+        self._tell(f"fastai's loop runs, since these callbacks act on each batch: {why}")
+        super(CFLearner, self).all_batches()
+    except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(_needs(self)) from e
+
+# %% ../nbs/06_learner.ipynb #c75a39f0
+@patch
+def _do_fit(self:CFLearner):
+    self._in_fit = True
+    try: super(CFLearner, self)._do_fit()
+    finally: self._in_fit = False
+
+@patch
+def _end_cleanup(self:CFLearner):
+    self.__dict__.pop('_step_graph', None)
+    super(CFLearner, self)._end_cleanup()
 
 # %% ../nbs/06_learner.ipynb #eb6c2bc8
 @patch
@@ -272,6 +299,7 @@ def _score(self:CFLearner, dl, x):
     with torch.no_grad(): res = [model(o.to(home)).reshape(len(o), -1).cpu() for o in (progress_bar(parts, leave=False) if len(parts)>1 and hasattr(self, 'progress') else parts)]
     return getcallable(self.loss_func, 'activation')(torch.cat(res))
 
+# %% ../nbs/06_learner.ipynb #76e316c8
 @patch
 def predict(self:CFLearner,
     item, # a dict, a (user, item) tuple, a Series, a DataFrame, or a list of those

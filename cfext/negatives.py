@@ -15,6 +15,7 @@ from torch import nn,Tensor
 from fastai.callback.core import *
 from fastcore.basics import *
 from .core import *
+from .ids import *
 from .data import *
 from .models import *
 from .losses import *

@@ -14,8 +14,9 @@ from torch import nn,Tensor
 from pandas.api.types import infer_dtype,is_float_dtype,is_integer_dtype,is_numeric_dtype
 from fastcore.all import *
 from .core import *
+from .ids import *
+from .ids import _targets
 from .data import *
-from .data import _targets
 from .models import *
 from .losses import *
 from .negatives import *

@@ -15,6 +15,7 @@ from fastai.data.all import *
 from fastai.tabular.core import display_df
 from .core import *
 from .sources import _times
+from .ids import *
 from .data import *
 
 # %% ../nbs/15a_seq_data.ipynb #8514c8c0

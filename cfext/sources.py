@@ -111,7 +111,7 @@ def _read_ml100k(path, split=None):
     its = pd.DataFrame(dict(item=its[0], title=its[1], genres=['|'.join(np.array(_ml100k_genres)[f]) for f in flags]))
     return df.merge(its, on='item', how='left')
 
-# %% ../nbs/01a_sources.ipynb #0209947b
+# %% ../nbs/01a_sources.ipynb #469e9981
 def _padded(raw, sep):
     "Is a field of these bytes a whole number that begins with 0, as in 007?"
     raw,zero,step = raw if raw.endswith(b'\n') else raw+b'\n',ord('0'),1<<18
@@ -129,6 +129,7 @@ def _is_padded(col):
     v = np.asarray(col, 'S24')
     return (np.char.startswith(v, b'0') & np.char.isdigit(v) & (v!=b'0')).any() and not (np.char.find(v, b'.')>=0).any()
 
+# %% ../nbs/01a_sources.ipynb #6f67e4b3
 def _separator(raw):
     "Comma, tab, semicolon or bar: which cuts out more of the usual names in the header, or else more fields in both of the first lines"
     lines = re.findall(r'[^\r\n]+', raw[:1<<16].decode('utf-8', 'replace'))[:2] or ['']
@@ -137,6 +138,7 @@ def _separator(raw):
     named = lambda sep: sum(''.join(filter(str.isalnum, c.lower())) in usual for c in lines[0].split(sep))
     return max(',\t;|', key=lambda sep: (named(sep), min(l.count(sep) for l in lines)))
 
+# %% ../nbs/01a_sources.ipynb #0209947b
 def _parse_csv(raw, dtype=None):
     "A frame of text in UTF-8: tab, semicolon, bar or comma by the first lines, whole numbers that begin with 0 as text"
     sep = _separator(raw)
@@ -238,9 +240,6 @@ def read_ratings(
                      f"{', '.join(sorted(o.name for o in path.iterdir())[:6]) or 'nothing'}. Name a file in it instead")
 
 # %% ../nbs/01a_sources.ipynb #fda2d4a0
-def _check_pct(valid_pct):
-    if not 0<=valid_pct<1: raise ValueError(f"`valid_pct`={valid_pct} should be a share of the rows, at least 0 and below 1")
-
 _joined = r'(?:0[1-9]|[12]\d|3[01]){2}(?:19|20)?\d\d' # a day, a month and a year, as in 05012020
 
 def _text_times(col):
@@ -265,6 +264,10 @@ def _times(df, time_name):
         if kind in ('string','bytes','mixed','mixed-integer'): t = _text_times(t)
     if t.isna().any(): raise ValueError(f"`time_name`={col.name!r}: {int(t.isna().sum())} rows have no time; drop or fill them")
     return t
+
+# %% ../nbs/01a_sources.ipynb #05997a3d
+def _check_pct(valid_pct):
+    if not 0<=valid_pct<1: raise ValueError(f"`valid_pct`={valid_pct} should be a share of the rows, at least 0 and below 1")
 
 def _time_order(df, time_name):
     "Row numbers by time, earliest first; ties stay in the frame's order"

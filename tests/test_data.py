@@ -5,7 +5,7 @@ import numpy as np,pandas as pd,pyarrow as pa,pytest,torch
 from fastai.collab import CollabDataLoaders
 from fastai.tabular.all import RandomSplitter,ColSplitter,IndexSplitter
 from cfext import *
-from cfext.data import _encode_train
+from cfext.ids import _encode_train
 
 pytestmark = pytest.mark.usefixtures('quiet')
 dtypes = dict(int64=lambda s: s, int32=lambda s: s.astype('int32'), uint8=lambda s: s.astype('uint8'), nullable=lambda s: s.astype('Int64'),

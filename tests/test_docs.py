@@ -90,7 +90,7 @@ def test_every_public_name_has_its_place(site):
     assert not missing
 
 def test_arguments_returns_and_errors_are_told(site):
-    for page,name,words in (('10_recommend','top_items',('<table','(n,) long codes','Returns')), ('01b_data','CFDataLoaders.from_df',('<table','ValueError'))):
+    for page,name,words in (('10_recommend','top_items',('<table','(n,) long codes','Returns')), ('01c_data','CFDataLoaders.from_df',('<table','ValueError'))):
         text = (site/f'{page}.html').read_text(encoding='utf-8')
         part = text[text.index(f'id="cfext.{name}"'):]
         part = part[:part.index('<dl class="py')]

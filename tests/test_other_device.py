@@ -14,7 +14,7 @@ from fastai.losses import BaseLoss,MSELossFlat
 from fastai.optimizer import *
 from fastai.torch_core import get_random_states,no_random
 from fastcore.basics import noop
-import cfext.capture,cfext.data,cfext.kernels,cfext.learner,cfext.many
+import cfext.capture,cfext.data,cfext.ids,cfext.kernels,cfext.learner,cfext.many
 from cfext import *
 from cfext.capture import StepGraph,capture_hurdle
 from cfext.many import _go_on,_Member,_Replay,_Together
@@ -107,7 +107,7 @@ def stand_in(monkeypatch):
         return f
     for o,name,v in ((torch.cuda,'_lazy_init',lambda: None), (torch,'Generator',lambda device='cpu': Generator()), (torch,'tensor',maker(tensor)), (torch,'as_tensor',maker(as_tensor)),
                      (torch.nn.Module,'to',lambda self, *args, **kwargs: self), (BaseLoss,'__call__',lambda self, x, y, **kwargs: self.func(x.view(-1), y.view(-1))),
-                     (cfext.data,'to_cpu',lambda t: t.cpu()), (cfext.data,'to_detach',lambda t: t.detach().cpu()),
+                     (cfext.ids,'to_cpu',lambda t: t.cpu()), (cfext.ids,'to_detach',lambda t: t.detach().cpu()),
                      (cfext.capture,'_aside',lambda device: nullcontext()), (cfext.kernels,'kernel_ready',lambda device: 'nothing runs kernels here'), (StepGraph,'record',lambda self: None)):
         monkeypatch.setattr(o, name, v)
     torch._C._ensureCUDADeviceGuardSet()
