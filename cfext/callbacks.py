@@ -122,11 +122,6 @@ class GradientAccumulator(Callback):
         self.losses,self.rows,self._window,self._steps = [],[],_Window(),0
 
     @property
-    def lean(self):
-        "Can `lean_epoch` run it? Not where schedules or windows follow progress, which is laid out before the epoch there"
-        return self.sched=='batch' and not callable(self.n_acc)
-
-    @property
     def learn(self):
         "The learner this callback is on"
         return self._learner
@@ -138,14 +133,21 @@ class GradientAccumulator(Callback):
         if v is None and self._learner is not None: self._discard()
         self._learner = v
 
-    def _discard(self):
-        "Forget a window that was begun: its gradient, its counts, and what was set on the learner for it"
-        learn,w = self._learner,self._window
-        w.ctx.close()
-        learn.__dict__.pop('_do_grad_opt', None)
-        if w.pct is not None: learn.pct_train = w.pct
-        if learn.opt is not None and (w.batches or w.bs): learn.opt.zero_grad()
-        self._window = _Window()
+# %% ../nbs/07_callbacks.ipynb #812ba3ea
+@patch(as_prop=True)
+def lean(self:GradientAccumulator):
+    "Can `lean_epoch` run it? Not where schedules or windows follow progress"
+    return self.sched=='batch' and not callable(self.n_acc)
+
+@patch
+def _discard(self:GradientAccumulator):
+    "Forget a window that was begun: its gradient, its counts, and what was set on the learner for it"
+    learn,w = self._learner,self._window
+    w.ctx.close()
+    learn.__dict__.pop('_do_grad_opt', None)
+    if w.pct is not None: learn.pct_train = w.pct
+    if learn.opt is not None and (w.batches or w.bs): learn.opt.zero_grad()
+    self._window = _Window()
 
 # %% ../nbs/07_callbacks.ipynb #a433fd42
 @patch

@@ -6,7 +6,6 @@
 __all__ = ['opt_kind', 'step_columns', 'TensorStep', 'StepGraph', 'capture_hurdle', 'captured_epoch']
 
 # %% ../nbs/05a_capture.ipynb #ab5b8f9f
-import math,time
 from contextlib import contextmanager,suppress
 from functools import cache,partial
 
@@ -68,20 +67,25 @@ class TensorStep:
     def _key(self, p):
         s = self.opt.state[p]
         return int(s.get('step', 0)),bool(s.get('do_wd', True))
-    def table(self,
-        plan, # hyper-parameters of each step, as `lay_out` gives them
-        device=None, # where the table should lie
-    )->Tensor: # (steps, groups, columns) float32
-        "Work out the numbers of all steps of an epoch"
-        steps = np.arange(len(plan))+1
-        res = [step_columns({**self.opt.hypers[g], **{k: v[:,g] for k,v in plan.cols.items()}}, n+steps) for g,n,*_ in self.groups]
-        return torch.from_numpy(np.stack(res, 1)).float().to(device)
-    def sync(self):
-        "Write the step counts to the optimizer's state: `done` more, where there was a gradient"
-        if 'count' not in self.kind: return
-        for _,n,_,ps in self.groups:
-            for p in ps:
-                if p in self.stepped: self.opt.state[p]['step'] = n+self.done
+
+# %% ../nbs/05a_capture.ipynb #92f1d918
+@patch
+def table(self:TensorStep,
+    plan, # hyper-parameters of each step, as `lay_out` gives them
+    device=None, # where the table should lie
+)->Tensor: # (steps, groups, columns) float32
+    "Work out the numbers of all steps of an epoch"
+    steps = np.arange(len(plan))+1
+    res = [step_columns({**self.opt.hypers[g], **{k: v[:,g] for k,v in plan.cols.items()}}, n+steps) for g,n,*_ in self.groups]
+    return torch.from_numpy(np.stack(res, 1)).float().to(device)
+
+@patch
+def sync(self:TensorStep):
+    "Write the step counts to the optimizer's state: `done` more, where there was a gradient"
+    if 'count' not in self.kind: return
+    for _,n,_,ps in self.groups:
+        for p in ps:
+            if p in self.stepped: self.opt.state[p]['step'] = n+self.done
 
 # %% ../nbs/05a_capture.ipynb #de917f61
 def _apply(kind, do_wd, ps, gs, avgs, sqrs, row):
@@ -100,6 +104,7 @@ def _apply(kind, do_wd, ps, gs, avgs, sqrs, row):
     den = torch.ops.aten._foreach_add.Tensor(torch._foreach_sqrt(den), eps) # by its full name: `torch._foreach_add` would ask the device for the number
     torch._foreach_sub_(ps, torch._foreach_mul(torch._foreach_div(avgs or gs, den), size if kind[-1]=='adam' else lr))
 
+# %% ../nbs/05a_capture.ipynb #94475e10
 @patch
 @torch.no_grad()
 def step(self:TensorStep,
@@ -127,35 +132,40 @@ class StepGraph:
         self.order = torch.zeros(len(self.ds), dtype=torch.long, device=dev)
         self.span,self.i = torch.arange(self.bs, device=dev),torch.zeros(1, dtype=torch.long, device=dev)
         self.losses,self.nums = torch.zeros(len(dl), device=dev),None
-    def load(self, plan):
-        "Take over an epoch's order and numbers"
-        had,self.stepper = self.stepper.stepped,TensorStep(self.learn.opt)
-        if self.graph is not None: self.stepper.stepped = had
-        nums = self.stepper.table(plan, self.i.device)
-        if self.nums is None: self.nums = nums
-        else: self.nums.copy_(nums)
-        self.order.copy_(torch.as_tensor(self.learn.dl.get_idxs()))
-        self.i.zero_()
-    def step(self, at=None):
-        "Train on the rows `at`, or on those that are due"
-        learn,ds,asks = self.learn,self.ds,self.asks
-        if at is None: at = self.order[self.i*self.bs+self.span]
-        learn.xb,learn.yb,learn.dl.wb = (ds.x[at].long(),),(ds.y[at],),None if ds.w is None else ds.w[at]
-        for f in asks['before_batch']: f()
-        learn.pred = learn.model(*learn.xb)
-        for f in asks['after_pred']: f()
-        learn.loss_grad = learn.loss = learn.loss_func(learn.pred, *learn.yb)
-        for e in ('after_loss','before_backward'):
-            for f in asks[e]: f()
-        learn.loss_grad.backward()
-        self.losses.index_copy_(0, self.i, learn.loss.detach().as_subclass(Tensor).view(1).float())
-        for f in asks['before_step']: f()
-        self.stepper.step(self.nums[self.i][0], self.apply)
-        for f in asks['after_step']: f()
-        for p in learn.model.parameters(): p.grad = None
-        self.i += 1
 
-# %% ../nbs/05a_capture.ipynb #12fb1c30
+@patch
+def load(self:StepGraph, plan):
+    "Take over an epoch's order and numbers"
+    had,self.stepper = self.stepper.stepped,TensorStep(self.learn.opt)
+    if self.graph is not None: self.stepper.stepped = had
+    nums = self.stepper.table(plan, self.i.device)
+    if self.nums is None: self.nums = nums
+    else: self.nums.copy_(nums)
+    self.order.copy_(torch.as_tensor(self.learn.dl.get_idxs()))
+    self.i.zero_()
+
+# %% ../nbs/05a_capture.ipynb #39c21f0c
+@patch
+def step(self:StepGraph, at=None):
+    "Train on the rows `at`, or on those that are due"
+    learn,ds,asks = self.learn,self.ds,self.asks
+    if at is None: at = self.order[self.i*self.bs+self.span]
+    learn.xb,learn.yb,learn.dl.wb = (ds.x[at].long(),),(ds.y[at],),None if ds.w is None else ds.w[at]
+    for f in asks['before_batch']: f()
+    learn.pred = learn.model(*learn.xb)
+    for f in asks['after_pred']: f()
+    learn.loss_grad = learn.loss = learn.loss_func(learn.pred, *learn.yb)
+    for e in ('after_loss','before_backward'):
+        for f in asks[e]: f()
+    learn.loss_grad.backward()
+    self.losses.index_copy_(0, self.i, learn.loss.detach().as_subclass(Tensor).view(1).float())
+    for f in asks['before_step']: f()
+    self.stepper.step(self.nums[self.i][0], self.apply)
+    for f in asks['after_step']: f()
+    for p in learn.model.parameters(): p.grad = None
+    self.i += 1
+
+# %% ../nbs/05a_capture.ipynb #0a3afbfd
 def _end_pool(pool):
     "Tell the allocator that a capture has ended, as PyTorch before 2.12 does not where it failed: memory could not be emptied again, nor anything recorded"
     dev = torch.cuda.current_device()
@@ -180,6 +190,7 @@ def _recording(graph, params=(), gens=(), **kwargs):
         for p in params: p.grad = None
         raise own or e # not what ending the capture makes of it
 
+# %% ../nbs/05a_capture.ipynb #3267f525
 @patch
 def signature(self:StepGraph):
     "What must not have changed for a recording to be replayed"
@@ -189,6 +200,7 @@ def signature(self:StepGraph):
     at = [(id(t), t.data_ptr()) for t in ts if isinstance(t, Tensor)]
     return id(model),id(learn.loss_func),id(opt),model.training,groups,at,len(ds),dl.bs,len(dl),[id(f.__self__) for fs in _asks(learn).values() for f in fs]
 
+# %% ../nbs/05a_capture.ipynb #3f70a1d4
 @patch
 def record(self:StepGraph):
     "Capture the step as a CUDA graph, without running it"
@@ -212,14 +224,7 @@ def capture_hurdle(
     if host := decides_on_host(learn): return f"these callbacks decide in Python: {', '.join(host)}"
     if any(isinstance(cb, MixedPrecision) and cb.amp_mode.value=='fp16' for cb in learn.cbs): return "float16 looks for overflow on the host; use to_bf16()"
 
-def _captured(learn, apply):
-    "The recording of an earlier epoch if it is still good, else a new step"
-    old = learn.__dict__.get('_step_graph')
-    if old is not None and old.learn is learn and old.graph is not None and old.sign==old.signature(): return old
-    learn._step_graph = StepGraph(learn, apply)
-    return learn._step_graph
-
-# %% ../nbs/05a_capture.ipynb #b9bbe46c
+# %% ../nbs/05a_capture.ipynb #225cd729
 @cache
 def _side(index): return torch.cuda.Stream(index) # one for all epochs: memory that was freed on a stream is used again on it alone
 
@@ -234,6 +239,23 @@ def _aside(device):
         with torch.cuda.stream(own): yield
     finally: outer.wait_stream(own)
 
+# %% ../nbs/05a_capture.ipynb #76ae35bd
+def _captured(learn, apply):
+    "The recording of an earlier epoch if it is still good, else a new step"
+    old = learn.__dict__.get('_step_graph')
+    if old is not None and old.learn is learn and old.graph is not None and old.sign==old.signature(): return old
+    learn._step_graph = StepGraph(learn, apply)
+    return learn._step_graph
+
+def _try(sg):
+    "Record the step; say so once if it can't be done, and go on without"
+    try: sg.record()
+    except RuntimeError as e:
+        print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
+        sg.learn.no_capture = True
+    return False
+
+# %% ../nbs/05a_capture.ipynb #b9bbe46c
 def captured_epoch(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
     record:bool=True, # record the step, or run it each time?
@@ -261,11 +283,3 @@ def captured_epoch(
                 books.tick()
             books.tick(last=True)
     finally: books.close(plan, sg.stepper)
-
-def _try(sg):
-    "Record the step; say so once if it can't be done, and go on without"
-    try: sg.record()
-    except RuntimeError as e:
-        print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
-        sg.learn.no_capture = True
-    return False

@@ -47,6 +47,7 @@ class FactorGrad:
         for t,at in zip(bias, (u,i)): s += t.index_select(0, at)
         return p,q,s.add_(self.offset) if self.offset else s
 
+# %% ../nbs/05c_factors.ipynb #e85bfc10
 @patch
 @torch.no_grad()
 def __call__(self:FactorGrad,
@@ -74,7 +75,7 @@ def __call__(self:FactorGrad,
     for g,at in zip(bias, (u,i)): g.index_add_(0, at, c)
     return loss/n
 
-# %% ../nbs/05c_factors.ipynb #f79d540a
+# %% ../nbs/05c_factors.ipynb #93ff8e19
 class PairGrad(FactorGrad):
     "Loss and gradients of a `RankingLoss` of a `DotProduct` or `DotProductBias`; autograd sees the scores alone"
     def __init__(self,
@@ -93,11 +94,31 @@ class PairGrad(FactorGrad):
             rows = self.loss.row(pred[:,:1], self.loss.adjust(neg, logq))
             loss = rows.mean() if w is None else (rows*w).mean()
         return loss.detach(),torch.autograd.grad(loss, s)[0]
-    def bpr(self, d, w):
-        "Loss of one negative a row from differences of scores (bs,), and its gradient by them"
-        rows,c = -F.logsigmoid(d),torch.sigmoid(-d).mul_(-1/len(d))
-        return (rows.mean(),c) if w is None else ((rows*w).mean(),c.mul_(w))
 
+# %% ../nbs/05c_factors.ipynb #16bc7fb7
+@patch
+def bpr(self:PairGrad,
+    u:Tensor, # (bs,) long codes of users
+    i:Tensor, # (bs,) long codes of the items they chose
+    j:Tensor, # (bs,) long codes of negatives
+    w:Tensor|None, # (bs,) factors of the rows' losses; None: each 1
+)->Tensor: # the loss, a scalar
+    "Work out BPR's loss and add its gradients to `grads`"
+    P,Q,*bias = self.tables
+    gP,gQ,*gbias = self.sums
+    p,q = P.index_select(0, u),Q.index_select(0, i)
+    q -= Q.index_select(0, j)
+    d = torch.linalg.vecdot(p, q)
+    if bias: d += bias[1].index_select(0, i)-bias[1].index_select(0, j)
+    rows,c = -F.logsigmoid(d),torch.sigmoid(-d).mul_(-1/len(d))
+    if w is not None: rows,c = rows*w,c.mul_(w)
+    gP.index_add_(0, u, q.mul_(c[:,None]))
+    for g,t in zip((gQ,*gbias[1:]), (p.mul_(c[:,None]),c)):
+        g.index_add_(0, i, t)
+        g.index_add_(0, j, t.neg_())
+    return rows.mean()
+
+# %% ../nbs/05c_factors.ipynb #f79d540a
 @patch
 @torch.no_grad()
 def __call__(self:PairGrad,
@@ -109,21 +130,11 @@ def __call__(self:PairGrad,
     w:Tensor|None=None, # (bs,) factors of the rows' losses; None: each 1
 )->Tensor: # the loss, a scalar; the gradients are in `grads` until the next call
     "Work out loss and gradients of a batch"
+    self.flat.zero_()
+    if self.plain and keep is None and neg.ndim==2 and neg.shape[1]==1: return self.bpr(u, i, neg[:,0], w)
     P,Q,*bias = self.tables
     gP,gQ,*gbias = self.sums
-    self.flat.zero_()
     p,q = P.index_select(0, u),Q.index_select(0, i)
-    if self.plain and keep is None and neg.ndim==2 and neg.shape[1]==1:
-        j = neg[:,0]
-        q -= Q.index_select(0, j)
-        d = torch.linalg.vecdot(p, q)
-        if bias: d += bias[1].index_select(0, i)-bias[1].index_select(0, j)
-        loss,c = self.bpr(d, w)
-        gP.index_add_(0, u, q.mul_(c[:,None]))
-        for g,t in zip((gQ,*gbias[1:]), (p.mul_(c[:,None]),c)):
-            g.index_add_(0, i, t)
-            g.index_add_(0, j, t.neg_())
-        return loss
     k = Q.index_select(0, neg.reshape(-1)).view(*neg.shape, -1)
     s = torch.cat([torch.linalg.vecdot(p, q)[:,None], p@k.T if neg.ndim==1 else torch.bmm(k, p[:,:,None])[:,:,0]], 1)
     if bias:
@@ -162,6 +173,7 @@ class SoftmaxGrad(FactorGrad):
         if self.room.numel()<shape[0]*shape[1]: self.room = torch.empty(shape[0]*shape[1], device=p.device)
         return torch.mm(p/self.temp, q.T, out=self.room[:shape[0]*shape[1]].view(shape))
 
+# %% ../nbs/05c_factors.ipynb #0787d0d8
 @patch
 @torch.no_grad()
 def __call__(self:SoftmaxGrad,
@@ -201,7 +213,7 @@ def __call__(self:SoftmaxGrad,
         torch.sum(d, 0, out=gbias[1])
     return torch.dot(row, lse)
 
-# %% ../nbs/05c_factors.ipynb #fffe1d81
+# %% ../nbs/05c_factors.ipynb #d2daeecf
 def _hooked(model):
     "Has anybody hung a hook on the model or its parameters?"
     return any(getattr(o, k, None) for o in (model,*model.parameters()) for k in ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks',
@@ -213,6 +225,11 @@ _grads = {**dict.fromkeys(_ranking, PairGrad), FullSoftmaxLoss: SoftmaxGrad}
 
 def _negatives(learn): return first(cb for cb in learn.cbs if type(cb) is Negatives and cb.run)
 
+def _row_cbs(learn):
+    "The callbacks to be asked, each once, in fastai's order"
+    return list(dict.fromkeys(f.__self__ for fs in _asks(learn).values() for f in fs))
+
+# %% ../nbs/05c_factors.ipynb #fffe1d81
 def factor_hurdle(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 )->str|None: # what is in the way, None: nothing
@@ -230,10 +247,7 @@ def factor_hurdle(
     cbs = [cb.name for cb in _row_cbs(learn) if not (_says(cb, 'on_rows') or ranks and type(cb) is Negatives)]
     if cbs: return f"these callbacks act on each batch: {', '.join(cbs)}"
 
-def _row_cbs(learn):
-    "The callbacks to be asked, each once, in fastai's order"
-    return list(dict.fromkeys(f.__self__ for fs in _asks(learn).values() for f in fs))
-
+# %% ../nbs/05c_factors.ipynb #e45adbc2
 def row_blocks(
     learn, # a `Learner` inside `fit`
 ):
@@ -244,7 +258,7 @@ def row_blocks(
         for cb in cbs: cb.on_rows(b)
         yield cuts,*b.x.T.contiguous().unbind(),b.y[:,0],b.scale
 
-# %% ../nbs/05c_factors.ipynb #894f03d2
+# %% ../nbs/05c_factors.ipynb #1a7b1b21
 @contextmanager
 def _lent(grad):
     "Let the parameters' gradients be those of `grad` for a while"
@@ -259,6 +273,7 @@ def _rated(learn):
         sizes = [b-a for a,b in zip(cuts, cuts[1:])]
         yield from zip(*(o.split(sizes) for o in cols if o is not None))
 
+# %% ../nbs/05c_factors.ipynb #894f03d2
 def _ranked(learn):
     "Yield the batches of an epoch, as `PairGrad` takes them; the negatives of many rows are drawn at once"
     cb,scores,far = _negatives(learn),learn.model.score_pairs,learn.dl.device.type=='cuda'
@@ -276,6 +291,7 @@ def _ranked(learn):
                 at,here = slice(a-some[0], b-some[0]),slice(a, b)
                 yield u[here],i[here],neg[at] if neg.ndim==2 else neg,None if keep is None else keep[at],None if logq is None else logq[at],None if w is None else w[here]
 
+# %% ../nbs/05c_factors.ipynb #a6dbce58
 def factor_epoch(
     learn, # a `Learner` inside `fit`, for which `factor_hurdle` is None
 ):

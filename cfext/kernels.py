@@ -81,6 +81,14 @@ def _adam(p, m, v, g, n, row, pid, MODE:tl.constexpr, B:tl.constexpr, CLEAR:tl.c
     if pid.to(tl.int64)*B+B<=n: _adam_block(p, m, v, g, n, row, pid, MODE, B, CLEAR, True)
     else: _adam_block(p, m, v, g, n, row, pid, MODE, B, CLEAR, False)
 
+# %% ../nbs/05d_kernels.ipynb #122876f1
+def _four(o): return (list(o)*4)[:4]
+
+def _ends(sizes, block):
+    "The programs at which each of up to four tables ends"
+    ends = list(accumulate(-(-n//block) for n in sizes))
+    return (ends+ends[-1:]*4)[:4]
+
 @_jit
 def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1, v1, g1, n1, p2, m2, v2, g2, n2, p3, m3, v3, g3, n3, e0, e1, e2,
                  K0:tl.constexpr, K1:tl.constexpr, K2:tl.constexpr, K3:tl.constexpr, M0:tl.constexpr, M1:tl.constexpr, M2:tl.constexpr, M3:tl.constexpr, B:tl.constexpr, CLEAR:tl.constexpr):
@@ -92,13 +100,6 @@ def _adam_kernel(at, j, n_steps, stride, nums, width, p0, m0, v0, g0, n0, p1, m1
     else: _adam(p3+o, m3+o, v3+o, g3+o, n3, row+K3, pid-e2, M3, B, CLEAR)
 
 # %% ../nbs/05d_kernels.ipynb #a20b93ee
-def _four(o): return (list(o)*4)[:4]
-
-def _ends(sizes, block):
-    "The programs at which each of up to four tables ends"
-    ends = list(accumulate(-(-n//block) for n in sizes))
-    return (ends+ends[-1:]*4)[:4]
-
 class KernelSteps:
     "Steps of Adam on the tables of K dot products, by two kernels each"
     block = 1024
@@ -129,6 +130,7 @@ class KernelSteps:
         self.nums = torch.zeros(K, n_steps, n_groups, len(TensorStep.columns), device=dev)
         self.ends = _ends(self.sizes, self.block)
 
+# %% ../nbs/05d_kernels.ipynb #c7f5de69
 @patch
 def launch(self:KernelSteps,
     j:int, # which step after the one that is due
@@ -145,8 +147,12 @@ def launch(self:KernelSteps,
     _adam_kernel[(self.ends[-1],K)](self.at, j, self.n_steps, self.stride, self.nums, n_cols*self.n_groups, *(o for s in sets for o in s), *self.ends[:3],
                                     *(n_cols*k for k in _four(self.numbers)), *_four(self.modes), B=self.block, CLEAR=True)
 
+# %% ../nbs/05d_kernels.ipynb #701b466f
 @patch
-def several(self:KernelSteps, sizes):
+def several(self:KernelSteps,
+    sizes:tuple, # rows of the batches
+):
+    "Run steps one after another, and move the counter on"
     for j,m in enumerate(sizes): self.launch(j, m)
     self.at += len(sizes)
 
@@ -164,9 +170,12 @@ def record(self:KernelSteps,
         self.records = False
         print(f"the steps are launched one by one, since they could not be recorded: {str(e).splitlines()[0]}")
 
-# %% ../nbs/05d_kernels.ipynb #83c3d6e1
+# %% ../nbs/05d_kernels.ipynb #b79ba7f6
 @patch
-def listen(self:KernelSteps, a, b):
+def listen(self:KernelSteps,
+    a:int, # first of the steps
+    b:int, # the one after the last
+):
     "Have the losses of the steps `a` to `b` brought to the host when they are done, without waiting"
     event = None
     if self.losses.is_cuda:
@@ -188,7 +197,7 @@ def drain(self:KernelSteps)->int: # how many batches are done
     while self.waiting: self.wait()
     return self.done
 
-# %% ../nbs/05d_kernels.ipynb #6a390db7
+# %% ../nbs/05d_kernels.ipynb #f6571b7c
 @patch
 def run(self:KernelSteps,
     sizes:list, # rows of the epoch's batches
@@ -247,6 +256,7 @@ def kernel_ready(
     right = 9.,16.,0.5*3/(36**0.5+0.5),0.25*2/(64**0.5+0.25) # the gradients are -6 and -8
     if max(abs(a-b) for a,b in zip(got, right))>1e-3: return f"Triton's numbers are wrong here: {got}, not {list(right)}"
 
+# %% ../nbs/05d_kernels.ipynb #86bc732a
 def kernel_hurdle(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 )->str|None: # what is in the way, None: nothing
@@ -278,6 +288,7 @@ def _steps(learn, stepper):
     new.sign = sign
     return new
 
+# %% ../nbs/05d_kernels.ipynb #d6050b7e
 @patch
 def load(self:KernelSteps,
     nums:Tensor, # (K, steps, groups, columns), as from `TensorStep.table`

@@ -41,6 +41,7 @@ def _says(cb, name):
     return at is not None and bool(getattr(cb, name)) and all(at<=i for e in batch_events.items if (i := where(e)) is not None)
 def _joins(cb): return type(cb) in _asked or _says(cb, 'on_device') or _says(cb, 'lean')
 
+# %% ../nbs/05_loop.ipynb #d235cc2a
 def batch_needs(
     learn, # a `Learner`
     training:bool=True, # of training, or of validation?
@@ -54,6 +55,7 @@ def batch_needs(
         if not _joins(cb): res[cb.name] = events
     return res
 
+# %% ../nbs/05_loop.ipynb #ddd423e6
 def _asks(learn, training=True):
     "What is called of each event of a batch, in fastai's order"
     cbs = [cb for cb in learn.cbs.sorted('order') if _runs(cb, training) and _joins(cb)]
@@ -89,6 +91,7 @@ def _values(f, pcts, n_groups=1):
         if (now := i==j).any(): res[now] = _phase(f, at[now], n_groups)
     return res
 
+# %% ../nbs/05_loop.ipynb #b2c42f52
 class _Plan:
     "The hyper-parameters of an epoch's batches"
     def __init__(self,
@@ -121,6 +124,7 @@ def _fused_kind(opt):
     if any(p.dtype!=torch.float32 or p.is_sparse for ps in opt.param_lists for p in ps): return None
     return {weight_decay:'adamw', l2_reg:'adam'}.get(decay)
 
+# %% ../nbs/05_loop.ipynb #ca7e3919
 class FusedAdam:
     "Steps fastai's `Adam` by PyTorch's fused kernel, on the optimizer's own state"
     def __init__(self,
@@ -158,6 +162,7 @@ def sync(self:FusedAdam):
     for _,_,ps,_,_,count in self.groups:
         for p in ps: self.opt.state[p]['step'] = int(count)
 
+# %% ../nbs/05_loop.ipynb #7dac9469
 def _set_hypers(opt, now):
     "Set hyper-parameters {name: a value for each group}"
     for k,vs in now.items():
@@ -173,15 +178,6 @@ class _OwnStep:
     def sync(self): pass
 
 # %% ../nbs/05_loop.ipynb #145f54bc
-@contextmanager
-def _no_search():
-    "Keep Python from searching for cycles inside a block that makes many small tensors, none of which is to be freed"
-    on = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if on: gc.enable()
-
 class _Books:
     "Keeps what fastai's bookkeepers would have written, and writes it"
     def __init__(self, learn, n, device):
@@ -189,30 +185,37 @@ class _Books:
         self.losses = torch.empty(n, device=device) # of each batch
         self.rec,self.prog = getattr(learn, 'recorder', None),getattr(learn, 'progress', None)
         self.smoothed,self.bad,self.found,self.nan = [],False,False,any(isinstance(cb, TerminateOnNaNCallback) and cb.run for cb in learn.cbs)
-    def smooth(self):
-        "Read the losses since the last time, and average them as `AvgSmoothLoss` does"
-        sm = self.rec.smooth_loss
-        new,beta = self.losses[self.read:self.done].cpu().numpy(),sm.beta
-        if self.nan and not np.isfinite(new).all(): # from there on nothing is recorded, as in fastai
-            new = new[:np.isfinite(new).argmin()]
-            self.done,self.bad = self.read+len(new),True
-        vals = list(accumulate(new.tolist(), lambda val,loss: loss+beta*(val-loss), initial=float(sm.val)))
-        smoothed = np.array(vals[1:])/(1-beta**(sm.count+1.+np.arange(len(new))))
-        self.smoothed += torch.from_numpy(smoothed).float().unbind()
-        self.read,sm.val,sm.count = self.done,torch.tensor(vals[-1]),sm.count+len(new)
-        if self.smoothed: self.learn.smooth_loss = self.smoothed[-1]
-        if self.bad: raise CancelFitException()
-    def tick(self, last=False, per=None):
-        "Read and show what is there, ten times a second at the most; where reading is free, also when `per` losses are new"
-        due = last or time.time()-self.t>=0.1
-        if self.rec is not None and (due or (per and self.done-self.read>=per)): self.smooth()
-        if not due: return
-        self.t = time.time()
-        self.show()
-    def show(self):
-        if self.prog is None: return
-        self.prog.pbar.update(self.done)
-        if self.smoothed: self.prog.pbar.comment = f'{self.smoothed[-1]:.4f}'
+
+@patch
+def smooth(self:_Books):
+    "Read the losses since the last time, and average them as `AvgSmoothLoss` does"
+    sm = self.rec.smooth_loss
+    new,beta = self.losses[self.read:self.done].cpu().numpy(),sm.beta
+    if self.nan and not np.isfinite(new).all(): # from there on nothing is recorded, as in fastai
+        new = new[:np.isfinite(new).argmin()]
+        self.done,self.bad = self.read+len(new),True
+    vals = list(accumulate(new.tolist(), lambda val,loss: loss+beta*(val-loss), initial=float(sm.val)))
+    smoothed = np.array(vals[1:])/(1-beta**(sm.count+1.+np.arange(len(new))))
+    self.smoothed += torch.from_numpy(smoothed).float().unbind()
+    self.read,sm.val,sm.count = self.done,torch.tensor(vals[-1]),sm.count+len(new)
+    if self.smoothed: self.learn.smooth_loss = self.smoothed[-1]
+    if self.bad: raise CancelFitException()
+
+# %% ../nbs/05_loop.ipynb #0b0b08f1
+@patch
+def tick(self:_Books, last=False, per=None):
+    "Read and show what is there, ten times a second at the most; where reading is free, also when `per` losses are new"
+    due = last or time.time()-self.t>=0.1
+    if self.rec is not None and (due or (per and self.done-self.read>=per)): self.smooth()
+    if not due: return
+    self.t = time.time()
+    self.show()
+
+@patch
+def show(self:_Books):
+    if self.prog is None: return
+    self.prog.pbar.update(self.done)
+    if self.smoothed: self.prog.pbar.comment = f'{self.smoothed[-1]:.4f}'
 
 # %% ../nbs/05_loop.ipynb #6d10535d
 @patch
@@ -240,7 +243,17 @@ def close(self:_Books, plan, stepper):
         self.rec.losses += self.smoothed
     self.show()
 
-# %% ../nbs/05_loop.ipynb #67a43b2b
+# %% ../nbs/05_loop.ipynb #d8722f38
+@contextmanager
+def _no_search():
+    "Keep Python from searching for cycles inside a block that makes many small tensors, none of which is to be freed"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
+# %% ../nbs/05_loop.ipynb #3a9dfdc4
 def lr_finder(
     learn, # a `Learner`
 )->LRFinder|None:
@@ -280,6 +293,7 @@ def _lean_batch(learn, asks, stepper):
     for f in asks['after_step']: f()
     stepper.zero_grad()
 
+# %% ../nbs/05_loop.ipynb #9ccdce2f
 def lean_epoch(
     learn, # a `Learner` inside `fit`, at the beginning of an epoch's training batches
 ):
@@ -311,7 +325,8 @@ def lean_validate(
     dl,n_inp = learn.dl,getattr(learn.dls, 'n_inp', 1)
     learn.n_iter = len(dl)
     asks = _asks(learn, training=False)
-    after = [*asks['after_loss'], *[cb.after_batch for cb in learn.cbs.sorted('order') if _acts(cb, 'after_batch') and _runs(cb, False) and (type(cb) in (Recorder,ProgressCallback) or _joins(cb))]]
+    cbs = [cb for cb in learn.cbs.sorted('order') if _acts(cb, 'after_batch') and _runs(cb, False) and (type(cb) in (Recorder,ProgressCallback) or _joins(cb))]
+    after = [*asks['after_loss'], *(cb.after_batch for cb in cbs)]
     for i,b in enumerate(dl):
         learn.iter,learn.xb,learn.yb = i,b[:n_inp],b[n_inp:]
         for f in asks['before_batch']: f()

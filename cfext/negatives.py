@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn,Tensor
+from torch import Tensor
 from fastai.callback.core import *
 from fastcore.basics import *
 from .core import *
@@ -20,7 +20,7 @@ from .data import *
 from .models import *
 from .losses import *
 
-# %% ../nbs/04a_negatives.ipynb #6b7e6dbd
+# %% ../nbs/04a_negatives.ipynb #079afe80
 @patch
 def score_pairs(self:CFModel,
     users:Tensor, # (bs,) long codes
@@ -31,6 +31,7 @@ def score_pairs(self:CFModel,
     x = torch.stack([users[:,None].expand_as(items), items], -1)
     return self(x.reshape(-1, 2)).reshape(items.shape)
 
+# %% ../nbs/04a_negatives.ipynb #6b7e6dbd
 def _times(u, i):
     "Dot products of users (bs,f) and items, (bs,n,f) of each or (n,f) of all"
     if i.ndim==2: return u@i.T
@@ -114,6 +115,19 @@ class SeenItems:
         self.mass = self.before[self.starts[1:]]-self.before[self.starts[:-1]]
 
 # %% ../nbs/04a_negatives.ipynb #b342bf52
+@patch
+def around(self:SeenItems,
+    users:Tensor, # (bs,) long codes
+    u:Tensor, # (bs,n) double, random numbers in [0,1)
+)->Tensor: # (bs,n) long codes; 0 for a user who has seen everything
+    "Turn random numbers into items that each user has not seen, with probability proportional to their weights"
+    left = (self.total-self.mass[users])[:,None]
+    t = torch.minimum((u*left).long(), left-1)
+    k = torch.searchsorted(self.gaps, users[:,None]*self.span + t, right=True)
+    back = self.before[k]-self.before[self.starts[users]][:,None]
+    return torch.searchsorted(self.cum, t+back, right=True)*(left>0)
+
+# %% ../nbs/04a_negatives.ipynb #84cf1bb7
 def _among(keys, ask):
     "Is each of `ask` one of the sorted `keys`?"
     if not len(keys): return torch.zeros_like(ask, dtype=torch.bool)
@@ -139,18 +153,6 @@ def hits(self:SeenItems,
     ask = ask.reshape(-1)
     at = self.marks.take(ask%len(self.marks)).nonzero()[:,0]
     return at[_among(self.keys, ask.index_select(0, at))]
-
-@patch
-def around(self:SeenItems,
-    users:Tensor, # (bs,) long codes
-    u:Tensor, # (bs,n) double, random numbers in [0,1)
-)->Tensor: # (bs,n) long codes; 0 for a user who has seen everything
-    "Turn random numbers into items that each user has not seen, with probability proportional to their weights"
-    left = (self.total-self.mass[users])[:,None]
-    t = torch.minimum((u*left).long(), left-1)
-    k = torch.searchsorted(self.gaps, users[:,None]*self.span + t, right=True)
-    back = self.before[k]-self.before[self.starts[users]][:,None]
-    return torch.searchsorted(self.cum, t+back, right=True)*(left>0)
 
 # %% ../nbs/04a_negatives.ipynb #ab1c0942
 @patch
@@ -223,6 +225,7 @@ def draw(self:NegativeSampler,
     logq = self.logw[neg]-left.double().log().float()[:,None]
     return neg,keep,logq.masked_fill(~keep, 0)
 
+# %% ../nbs/04a_negatives.ipynb #f588dfa4
 @patch
 def _hard(self:NegativeSampler, users, pos, gen, score):
     "The best scored of a pool"
@@ -257,6 +260,7 @@ class Negatives(Callback):
         far = {k for k in ('gen','valid_gen') if getattr(self.__dict__.get(k), 'device', torch.device('cpu')).type=='cuda'}
         return {**self.__dict__, **dict.fromkeys(far)}
 
+# %% ../nbs/04a_negatives.ipynb #5bc3451d
 @patch
 def _setup(self:Negatives):
     "Check loss and model, and make the sampler"
@@ -287,6 +291,7 @@ def _log_sum_exp(model, users, temp, n_items):
     lse = torch.addmm(model.item_bias[1:,0]/temp, u, V).float().logsumexp(1, keepdim=True)
     return (temp*lse + model.user_bias[us] + model.offset)[inv]
 
+# %% ../nbs/04a_negatives.ipynb #ce3a3968
 @patch
 def _whole(self:Negatives, users):
     "For each row, the log-sum-exp of the user's scores; a validation on a CPU works each user out once"
@@ -345,6 +350,7 @@ def positives(self:CFDataLoaders,
                                        for old,ds in zip(self.also_seen, had))
     return res
 
+# %% ../nbs/04a_negatives.ipynb #8a101b28
 def seen_rows(
     dls:CFDataLoaders, # loaders
     split:str='all', # 'all': training and validation rows; 'train': training rows

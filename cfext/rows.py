@@ -9,7 +9,6 @@ __all__ = ['RowAdam', 'SparseRows']
 import math
 
 import torch
-from torch import Tensor
 from fastai.callback.core import *
 from fastai.optimizer import *
 from fastcore.all import *
@@ -40,6 +39,7 @@ class RowAdam(Optimizer):
             new = cb(p, **{**state, **hyper})
             if isinstance(new, dict): state.update(new)
 
+# %% ../nbs/05b_rows.ipynb #19afb189
 @patch
 def _rows(self:RowAdam, p, state, lr, mom, sqr_mom, eps, wd, **kwargs):
     "Step the rows of `p` that have a gradient, having made up for what they missed"
@@ -59,6 +59,7 @@ def _rows(self:RowAdam, p, state, lr, mom, sqr_mom, eps, wd, **kwargs):
     state['total'] = [a+math.log(max(b, 1e-30)) for a,b in zip(total, (mom,sqr_mom,1-lr*wd))]
     for s,t in zip(state['sums'].unbind(1), state['total']): s.index_fill_(0, rows, t)
 
+# %% ../nbs/05b_rows.ipynb #e28ca05a
 @patch
 @torch.no_grad()
 def flush(self:RowAdam):

@@ -50,16 +50,18 @@ class BatchView:
         "Whether this is the plain view"
         return all(o.f is None and o.ctx is None and not o.train for o in self.parts)
 
-    def undo(self,
-        p:Tensor, # output of the model for this view
-        out:str, # what the output is: 'label', 'image' or 'points'
-    )->Tensor: # output as if for the plain view
-        "Bring an output back to the plain view"
-        for o in reversed(self.parts):
-            g = noop if out=='label' else o.inv if out=='image' else o.pts
-            if g is None: raise ValueError(f"view {o.name!r} has no way back for an output that is {'an image' if out=='image' else 'points'}")
-            p = g(p.reshape(*p.shape[:1], -1, 2)).reshape(p.shape) if out=='points' else g(p)
-        return p
+# %% ../nbs/07a_views.ipynb #e38e3a2c
+@patch
+def undo(self:BatchView,
+    p:Tensor, # output of the model for this view
+    out:str, # what the output is: 'label', 'image' or 'points'
+)->Tensor: # output as if for the plain view
+    "Bring an output back to the plain view"
+    for o in reversed(self.parts):
+        g = noop if out=='label' else o.inv if out=='image' else o.pts
+        if g is None: raise ValueError(f"view {o.name!r} has no way back for an output that is {'an image' if out=='image' else 'points'}")
+        p = g(p.reshape(*p.shape[:1], -1, 2)).reshape(p.shape) if out=='points' else g(p)
+    return p
 
 # %% ../nbs/07a_views.ipynb #34cc73f1
 def _flip(name, *axes): # 0 is x, 1 is y, as in points; the axes of an image count from the end
@@ -89,6 +91,7 @@ def turn_views()->list:
     "Return the plain view and its three quarter turns, for square images"
     return identity_views()+[_turn(k) for k in (1,2,3)]
 
+# %% ../nbs/07a_views.ipynb #6902ba65
 def product_views(
     *views:list, # lists of views
 )->list: # each of the first times each of the second, and so on
@@ -125,6 +128,7 @@ def scale_views(
     if not all(s>0 for s in scales): raise ValueError(f"`scales`={scales!r} should be above 0")
     return [BatchView('plain') if s==1 else _zoom(f'scale{s}', 1/s) for s in scales]
 
+# %% ../nbs/07a_views.ipynb #4d8ccaae
 def brightness_views(
     levels=(0.5,0.45,0.55), # 0 to 1, 0.5 leaves the image alone
 )->list: # one view a level
@@ -146,6 +150,7 @@ def _dropping(model):
     finally:
         for m,t in zip(ms, was): m.training = t
 
+# %% ../nbs/07a_views.ipynb #972db25b
 @contextmanager
 def _noisy(model, std, which):
     "Run with noise on those parameters of `model` that `which(name, parameter)` picks"
