@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from fastai.learner import *
 from fastai.losses import *
-from fastai.torch_core import default_device
+from fastai.torch_core import default_device,find_bs
 from fastcore.all import *
 from .core import *
 from .ids import *
@@ -255,6 +255,26 @@ def predict(self:Ensemble,
     return keep.reset_index(drop=True).assign(**self._said(p, sd)),p,sd
 
 # %% ../nbs/14c_ensemble.ipynb #3e5d12cb
+class _Said(nn.Module):
+    "Answers batch after batch with predictions (n,...) that are there already"
+    def __init__(self, preds, device):
+        super().__init__()
+        self.preds,self.at = nn.Parameter(preds.to(device), requires_grad=False),0 # a parameter says to fastai where the model is
+    def forward(self, *xb):
+        n = find_bs(xb)
+        self.at += n
+        return self.preds[self.at-n:self.at]
+
+@patch
+def _list_values(self:Ensemble, mets, rows):
+    "What metrics of lists say of the members as one"
+    learn = self.as_learner(hold_out=rows is None)
+    learn.xb = ((learn.dls.valid_ds if rows is None else learn.dls.test_dl(rows, unk='na').dataset).x,)
+    for m in mets:
+        m.reset()
+        m.accumulate(learn)
+    return {m: m.value for m in mets}
+
 @patch
 def validate(self:Ensemble,
     rows:pd.DataFrame|None=None, # rows with targets; None: the members' own validation rows
@@ -267,10 +287,14 @@ def validate(self:Ensemble,
     if _nexts(learn):
         if y is None: raise ValueError("histories have no targets: leave `rows` out")
         return L(float(-p[torch.arange(len(p)),y].log().mean()))
-    if rows is not None:
-        with self._in_turn(learn),learn.no_bar(),learn.no_logging(): y = learn.get_preds(dl=learn.dls.test_dl(rows, with_labels=True))[1].cpu()
-    mets = [getattr(m, 'func', None) for m in learn.metrics]
-    return L(float(learn.loss_func(_to_raw(p, _out_kind(learn.loss_func)[0]), y)), *[float(f(p, y)) for f in mets if f])
+    dl = learn.dls[1].new(shuffle=False, drop_last=False) if rows is None else learn.dls.test_dl(rows, with_labels=True)
+    model,mets = learn.model,learn.metrics
+    vals = self._list_values([m for m in mets if isinstance(m, ListMetric)], rows) if any(isinstance(m, ListMetric) for m in mets) else {}
+    try:
+        learn.model,learn.metrics = _Said(_to_raw(p, _out_kind(learn.loss_func)[0]), learn.dls.device),[m for m in mets if m not in vals]
+        with learn.no_bar(),learn.no_logging(): loss,*rest = learn.validate(dl=dl)
+    finally: learn.model,learn.metrics = model,mets
+    return L(loss, *[vals[m] if m in vals else rest.pop(0) for m in mets])
 
 # %% ../nbs/14c_ensemble.ipynb #9010c46e
 @patch

@@ -44,6 +44,10 @@ class MergedModel(CFModel):
         score = lambda m,us,i: (m.score_items(us) if hasattr(m, 'score_items') else score_by_forward(m, us, int(i.max())+1))[:,i]
         each = (self._run(m, score, u[users], i) for m,u,i in zip(self.models, self.users, self.items))
         return self.merge(s.T for s in each).T if self.ranks else self.merge(each)
+    def mean_row(self):
+        "Return the model in which each member answers for an unknown user or item by the mean of those that it knows"
+        models = [m if isinstance(m, NextItem) else mean_unknown(m) for m in self.models]
+        return MergedModel(models, list(zip(self.users, self.items)), self.merge, self.ranks, self.in_turn)
 
 # %% ../nbs/14a_merged.ipynb #41324fe9
 class NextItem(nn.Module):
@@ -82,27 +86,38 @@ def _in_common(dls, x, classes):
     "Codes (n,2) of a learner's loaders as those of `classes`, int32 on the CPU"
     return torch.stack([torch.from_numpy(m.encode(dls.classes[c].ids))[o-1]*(o>0) for (c,m),o in zip(classes.items(), x.long().cpu().T)], 1).int()
 
-# %% ../nbs/14a_merged.ipynb #78a95426
-def _pairs(dls):
-    "Codes (n,2) of the users and items that belong together in a member's rows, on the CPU"
-    if isinstance(dls, CFDataLoaders): return seen_rows(dls).long().cpu()
-    ends = torch.as_tensor(dls.hist.ends).cpu()
-    return torch.stack([torch.arange(1, len(ends)).repeat_interleave(ends.diff()), torch.as_tensor(dls.hist.toks).long().cpu()[:int(ends[-1])]], 1)
+# %% ../nbs/14a_merged.ipynb #216962be
+def _rows_of(learn):
+    "(pairs (n,2) in the learner's own codes, ratings (n,)) of training and of validation, on the CPU"
+    dls = learn.dls
+    if isinstance(dls, CFDataLoaders): return [(ds.x.cpu(), torch.ones(len(ds)) if ds.y is None else ds.y[:,0].cpu()) for ds in (dls.train_ds,dls.valid_ds)]
+    ends,toks = torch.as_tensor(dls.hist.ends).cpu(),torch.as_tensor(dls.hist.toks).cpu()
+    x = torch.stack([torch.arange(1, len(ends)).repeat_interleave(ends.diff()), toks.long()[:int(ends[-1])]], 1)
+    return [(x,torch.ones(len(x))), (x[:0],torch.ones(0))]
 
+def _gather(parts, n_items, but=()):
+    "(pairs, ratings) of all parts; a pair that an earlier one has, or that is among `but`, is not taken again"
+    key = lambda x: x[:,0].long()*n_items+x[:,1]
+    had,res = torch.cat([key(x) for x in but]) if but else torch.zeros(0, dtype=torch.long),[]
+    for x,y in parts:
+        new = ~torch.isin(key(x), had)
+        res.append((x[new],y[new]))
+        had = torch.cat([had, key(x[new])])
+    return [torch.cat(o) for o in zip(*res)]
+
+# %% ../nbs/14a_merged.ipynb #f83c58d2
 def _union_dls(learns, hold_out=False):
-    "Loaders over the rows of all of them, in common codes, and each one's codes of the common users and items; with `hold_out` the validation rows, which they share, are kept apart"
+    "Loaders over the rows of all of them, in common codes, and each one's codes of the common users and items; with `hold_out` the validation rows are those of the first, which all share"
     classes,maps = _common_ids(learns)
-    common = lambda l,x: _in_common(l.dls, x, classes)
     dev,name = learns[0].dls.device,getattr(getattr(learns[0].dls, 'train_ds', None), 'rating_name', None)
-    loaders = lambda ds,held: CFDataLoaders(ResidentDL(ds, device=dev), ResidentDL(held, bs=8192, device=dev), device=dev)
-    if not hold_out:
-        x = torch.unique(torch.cat([common(l, _pairs(l.dls)) for l in learns]), dim=0)
-        ds = Ratings(x, torch.zeros(len(x), 1), classes, name)
-        return loaders(ds, ds.subset(slice(0))),maps
-    x,at = torch.unique(torch.cat([common(l, l.dls.train_ds.x) for l in learns]), dim=0, return_inverse=True)
-    y,v = torch.zeros(len(x), 1),learns[0].dls.valid_ds
-    y[at] = torch.cat([torch.ones(len(ds), 1) if ds.y is None else ds.y.cpu() for ds in (l.dls.train_ds for l in learns)])
-    dls = loaders(Ratings(x, y, classes, name), Ratings(common(learns[0], v.x), torch.ones(len(v), 1) if v.y is None else v.y.cpu(), classes, name))
-    also = [common(l, l.dls.also_seen[0]) for l in learns if l.dls.also_seen[0] is not None]
-    if also: dls.also_seen = torch.cat(also).to(dev),None
+    n_items = len(list(classes.values())[1])
+    train,valid = zip(*([(_in_common(l.dls, x, classes),y) for x,y in _rows_of(l)] for l in learns))
+    x,y = _gather(train, n_items)
+    if hold_out: held = learns[0].dls.valid_ds.recoded(classes)
+    else:
+        vx,vy = _gather(valid, n_items, but=[x])
+        held = Ratings(vx, vy[:,None], classes, name)
+    dls = CFDataLoaders(ResidentDL(Ratings(x, y[:,None], classes, name), device=dev), ResidentDL(held, bs=8192, device=dev), device=dev)
+    also = [[_in_common(l.dls, o[j], classes) for l in learns if (o := getattr(l.dls, 'also_seen', (None,None)))[j] is not None] for j in (0,1)]
+    dls.also_seen = tuple(torch.cat(o).to(dev) if o else None for o in also)
     return dls,maps

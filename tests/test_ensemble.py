@@ -604,3 +604,37 @@ def test_evaluate_is_that_of_a_learner_and_of_the_mean(df):
     imp = CFDataLoaders.from_df(df, item_name='title', rating_name=None, seed=1, device='cpu')
     ranks = Ensemble([cf_learner(imp, Popularity), cf_learner(imp, EASE)], method='rank')
     assert len(ranks.recommend([7], k=2))==2 and 'RMSE' not in ranks.evaluate(k=5)
+
+def test_an_ensemble_of_one_is_judged_as_its_member():
+    "Loss with weights of rows, metrics of every kind, and reports on later rows beside the same baselines"
+    from fastai.metrics import ExplainedVariance,PearsonCorrCoef,R2Score,mae,rmse
+    df = synth_ratings(60, 40, 1100, seed=3).assign(w=lambda o: o.index%5+1.)
+    old,late = df.iloc[:1000],df.iloc[1000:]
+    for kw in ({}, dict(weight_name='w')):
+        dls = CFDataLoaders.from_df(pd.concat([old, old.head(30)]), seed=5, device='cpu', **kw)
+        learn = cf_learner(dls, n_factors=4, y_range=(.5,5.5), seed=0, metrics=[mae, R2Score(), rmse, *list_metrics(k=3), ExplainedVariance(), PearsonCorrCoef()])
+        with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.02)
+        ens = Ensemble([learn])
+        with learn.no_bar(): assert list(ens.validate())==pytest.approx(list(learn.validate()), rel=1e-4)
+        assert ens.validate(late)[1]==pytest.approx((learn.predict(late)[2][:,0]-torch.tensor(late.rating.to_numpy())).abs().mean().item(), rel=1e-4)
+        assert isinstance(learn.model, DotProductBias) and len(learn.metrics)==7
+        for split in ('valid', late):
+            a,b = learn.evaluate(4, split, bar=False),ens.evaluate(4, split, bar=False)
+            pd.testing.assert_frame_equal(pd.DataFrame(a).reset_index(drop=True), pd.DataFrame(b).reset_index(drop=True), rtol=1e-4)
+            assert (a.counts.sort_index()==b.counts.sort_index()).all()
+
+def test_reports_of_several_members_stand_beside_the_means_of_their_rows():
+    df = synth_ratings(60, 40, 1100, seed=3)
+    old,late = df.iloc[:1000],df.iloc[1000:]
+    learns = [cf_learner(CFDataLoaders.from_df(o, valid_pct=0, device='cpu'), n_factors=4, y_range=(.5,5.5), seed=0) for o in (old.iloc[:600],old.iloc[400:])]
+    whole = cf_learner(CFDataLoaders.from_df(old, valid_pct=0, device='cpu'), n_factors=4)
+    got,want = (o.evaluate(4, late, bar=False).iloc[1:] for o in (Ensemble(learns), whole))
+    pd.testing.assert_frame_equal(pd.DataFrame(got), pd.DataFrame(want), rtol=1e-4)
+
+def test_unknown_users_of_members_that_answer_by_the_mean():
+    df = synth_ratings(30, 20, 250)
+    learns = [cf_learner(CFDataLoaders.from_df(df, seed=1, device='cpu', unk='mean'), n_factors=4, seed=s) for s in (0,1)]
+    with pytest.warns(UserWarning, match='unknown user'): got = Ensemble(learns).recommend([1,'nobody'], 20, exclude_seen=False)
+    with pytest.warns(UserWarning, match='unknown user'): want = [l.recommend(['nobody'], 20, exclude_seen=False).set_index('item').score for l in learns]
+    got = got[got.user=='nobody'].set_index('item').score
+    assert np.allclose(got, sum(want)[got.index]/2, atol=1e-5)
