@@ -6,14 +6,15 @@
 __all__ = ['IdDropout', 'RowWeights', 'CFLearner', 'as_cf_dls', 'cf_learner']
 
 # %% ../nbs/06_learner.ipynb #082a6c56
-import inspect,warnings
+import inspect,re,warnings
 from operator import attrgetter
 from threading import Lock,current_thread,main_thread
 
-import numpy as np,pandas as pd
+import cloudpickle,numpy as np,pandas as pd
 import torch
 from torch import nn
 from fastai.collab import *
+from fastai.callback.hook import * # `summary`
 from fastai.collab import TabularCollab
 from fastai.tabular.all import *
 from fastprogress.fastprogress import progress_bar
@@ -173,15 +174,45 @@ def _around(self:CFLearner, model):
     return res
 
 @patch
+def _by_policy(self:CFLearner, dl):
+    "This learner, or one beside it that answers for unknown ids as the policy of `dl` wants it"
+    return self._around(mean_unknown(self.model)) if getattr(dl, 'unk', None)=='mean' and (dl.dataset.x==0).any() else self
+
+@patch
+def validate(self:CFLearner, ds_idx=1, dl=None, cbs=None):
+    "As `Learner.validate`, with the policy for unknown ids that `dl` has"
+    return super(CFLearner, self._by_policy(dl)).validate(ds_idx, dl, cbs)
+
+@patch
 def get_preds(self:CFLearner, ds_idx=1, dl=None, **kwargs):
     "As `Learner.get_preds`, with the policy for unknown ids that `dl` has"
-    if getattr(dl, 'unk', None)=='mean' and (dl.dataset.x==0).any(): self = self._around(mean_unknown(self.model))
+    self = self._by_policy(dl)
     rec = getattr(self, 'recorder', None)
     kept = {k: getattr(rec, k) for k in (*Recorder._stateattrs, 'metric_names') if hasattr(rec, k)}
     try:
         return super(CFLearner, self).get_preds(ds_idx, dl, **kwargs)
     finally:
         for k,v in kept.items(): setattr(rec, k, v)
+
+# %% ../nbs/06_learner.ipynb #395e8311
+@patch
+def summary(self:CFLearner):
+    "As `Learner.summary`, with the parameters counted that lie in no layer"
+    res = super(CFLearner, self).summary()
+    n,trained = (sum(p.numel() for p in self.model.parameters() if p.requires_grad or o) for o in (True,False))
+    for what,m in (('',n), (' trainable',trained), (' non-trainable',n-trained)): res = re.sub(rf'^Total{what} params: .*', f'Total{what} params: {m:,}', res, flags=re.M)
+    return PrettyString(res)
+
+@patch
+def export(self:CFLearner, fname='export.pkl', pickle_module=cloudpickle, pickle_protocol=2):
+    "As `Learner.export`, also of a model that has nothing to train"
+    if any(p.requires_grad for p in self.model.parameters()): return super(CFLearner, self).export(fname, pickle_module, pickle_protocol)
+    self._end_cleanup()
+    dls = self.dls
+    try:
+        self.dls,self.opt = dls.new_empty(),None
+        torch.save(self, self.path/fname, pickle_module=pickle_module, pickle_protocol=pickle_protocol)
+    finally: self.dls = dls
 
 # %% ../nbs/06_learner.ipynb #87d9efc4
 def as_cf_dls(

@@ -330,6 +330,13 @@ def _like(self:CFDataLoaders, other):
     return self
 
 @patch
+def new_empty(self:CFDataLoaders):
+    "Make loaders without rows that treat ids as these do, as `Learner.export` takes along"
+    res = super(CFDataLoaders, self).new_empty()._like(self)
+    res.also_seen = None,None
+    return res
+
+@patch
 def positives(self:CFDataLoaders,
     at_least:float, # smallest rating that counts as a choice
     *,
