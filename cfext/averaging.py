@@ -43,6 +43,7 @@ def _swap(model, other, buffers):
             a.copy_(b)
             b.copy_(tmp)
 
+# %% ../nbs/07b_averaging.ipynb #760cea3c
 class _Averaged(Callback):
     "What `SWA` and `EMA` share: an `AveragedModel` beside the model, put in place when the fit has ended"
     order,lean,buffers,swapped,avg = 75,True,False,False,None
@@ -104,6 +105,7 @@ def with_weights(
 
 def _state(model): return {k: v.detach().to('cpu', copy=True) for k,v in model.state_dict().items()}
 
+# %% ../nbs/07b_averaging.ipynb #3e00e42a
 class _Keeps(Callback):
     "What callbacks share that keep weights in `states`, from the first training batch of a fit on: a validation between fits leaves them alone"
     order,lean = 75,True
@@ -152,6 +154,7 @@ def _hyper(Z, g, beta0=1.):
     C = torch.linalg.cholesky(L*(beta0+n))
     return n*m/(n+beta0) + torch.linalg.solve_triangular(C.T, _randn((D,1), g), upper=True)[:,0],L
 
+# %% ../nbs/07b_averaging.ipynb #13f74eef
 def _csr(starts, cols, vals, n):
     "A sparse matrix with n columns; torch's notes on its state are left out"
     with warnings.catch_warnings():
@@ -180,6 +183,7 @@ def rated_features(
     M[0],M[:,0] = 0,0
     return tuple(m/m.sum(1, keepdim=True).clamp(min=1).sqrt() for m in (M, M.T))
 
+# %% ../nbs/07b_averaging.ipynb #7a33ff76
 def cat_features(
     dls:CFDataLoaders, # whose codes the rows follow
     role:str, # 'user' or 'item'
@@ -221,6 +225,7 @@ class _Prior:
         self.mean = self.x@(torch.cholesky_solve(self.xT@(Z[1:]-m), self.C)+E)
         return m+self.mean,L
 
+# %% ../nbs/07b_averaging.ipynb #4bc35c74
 def _side(x, j, n):
     "Row starts, order, and the other side's codes of the interactions sorted by column j; row 0 is left empty"
     order = x[:,j].argsort(stable=True)
@@ -244,32 +249,37 @@ class GibbsMF(_Keeps):
         if not lam>0: raise ValueError(f"`lam`={lam} should be above 0")
         store_attr()
 
-    def before_fit(self):
-        super().before_fit()
-        if not self.fits: return
-        m = self.learn.model
-        if type(m) is not DotProductBias or m.y_range is not None:
-            raise TypeError("GibbsMF draws from a DotProductBias without `y_range` (the noise is Gaussian on the rating scale): cf_learner(dls, 'dot', y_range=None)")
-        self.feats = [self._features(f, n, v) for f,n,v in ((self.user_x, m.n_users, 'user_x'), (self.item_x, m.n_items, 'item_x'))]
-    def begin(self):
-        m,ds = self.learn.model,self.dls.train_ds
-        self.tau = 1.
-        self.g = torch.Generator(ds.x.device).manual_seed(self.seed)
-        x,self.y = ds.x.long(),ds.y[:,0]
-        self.sides = [_side(x, j, n) for j,n in enumerate((m.n_users, m.n_items))]
-        self.priors = [_Prior(f, m.item_factors.shape[1]+1, self.lam, self.g) for f in self.feats]
-        self.w = torch.ones_like(self.y) if ds.w is None else ds.w/ds.w.mean()
-        with torch.no_grad(): m.offset.copy_((self.w*self.y).mean())
-        self.x = x
+# %% ../nbs/07b_averaging.ipynb #b864393c
+@patch
+def before_fit(self:GibbsMF):
+    _Keeps.before_fit(self)
+    if not self.fits: return
+    m = self.learn.model
+    if type(m) is not DotProductBias or m.y_range is not None:
+        raise TypeError("GibbsMF draws from a DotProductBias without `y_range` (the noise is Gaussian on the rating scale): cf_learner(dls, 'dot', y_range=None)")
+    self.feats = [self._features(f, n, v) for f,n,v in ((self.user_x, m.n_users, 'user_x'), (self.item_x, m.n_items, 'item_x'))]
 
-    def _features(self, f, n, name):
-        if f is None: return None
-        if f.ndim!=2 or len(f)!=n: raise ValueError(f"`{name}` is of shape {tuple(f.shape)}, expected ({n}, any): a row for each code, 0 the unknown one")
-        return f.to(self.dls.train_ds.x.device).float()
+@patch
+def begin(self:GibbsMF):
+    m,ds = self.learn.model,self.dls.train_ds
+    self.tau = 1.
+    self.g = torch.Generator(ds.x.device).manual_seed(self.seed)
+    x,self.y = ds.x.long(),ds.y[:,0]
+    self.sides = [_side(x, j, n) for j,n in enumerate((m.n_users, m.n_items))]
+    self.priors = [_Prior(f, m.item_factors.shape[1]+1, self.lam, self.g) for f in self.feats]
+    self.w = torch.ones_like(self.y) if ds.w is None else ds.w/ds.w.mean()
+    with torch.no_grad(): m.offset.copy_((self.w*self.y).mean())
+    self.x = x
+
+@patch
+def _features(self:GibbsMF, f, n, name):
+    if f is None: return None
+    if f.ndim!=2 or len(f)!=n: raise ValueError(f"`{name}` is of shape {tuple(f.shape)}, expected ({n}, any): a row for each code, 0 the unknown one")
+    return f.to(self.dls.train_ds.x.device).float()
 
 # %% ../nbs/07b_averaging.ipynb #0194656c
 @patch
-def sweep(self:GibbsMF)->float: # root of the (weighted) mean squared residual on the training rows
+def sweep(self:GibbsMF):
     "Draw users, items and the noise, each given the others"
     m = self.learn.model
     U,bu,V,bi = m.user_factors,m.user_bias,m.item_factors,m.item_bias
@@ -284,7 +294,6 @@ def sweep(self:GibbsMF)->float: # root of the (weighted) mean squared residual o
         err = (self.w*(self.y - m(self.x)[:,0]).square()).sum()
         shape = torch.full((1,), len(self.y)/2+1., device=self.g.device)
         self.tau = float(torch._standard_gamma(shape, generator=self.g)/(err/2+1.))
-    return float((err/len(self.y)).sqrt())
 
 @patch
 def before_train(self:GibbsMF):
@@ -313,17 +322,19 @@ class Langevin(_Keeps):
         check_pos(cycles, 'cycles')
         store_attr()
 
-    def begin(self):
-        m,x = self.learn.model,self.dls.train_ds.x.long()
-        self.n,self.step_ = len(x),0
-        self.steps = max(1, self.n_epoch*len(self.dls.train))
-        if self.eps*len(self.dls.train)>15: warnings.warn(f"`eps`={self.eps} times {len(self.dls.train)} batches an epoch is more than 15: the draws may run away; take a smaller `eps` or larger batches", stacklevel=2)
-        self.g = torch.Generator(x.device).manual_seed(self.seed)
-        self.M = {id(p): 1/(self.lam+self.tau*self.n) for p in m.parameters()}
-        for j,role in enumerate(('user','item')):
-            count = torch.bincount(x[:,j]).float()
-            count[0] += sum(cb.p for cb in self.learn.cbs if isinstance(cb, IdDropout))*self.n # what is dropped counts for the unknown row
-            for t in emb_tables(m)[role]: self.M[id(t)] = 1/(self.lam+self.tau*F.pad(count, (0, len(t)-len(count))))[:,None]
+# %% ../nbs/07b_averaging.ipynb #65a1daa6
+@patch
+def begin(self:Langevin):
+    m,x = self.learn.model,self.dls.train_ds.x.long()
+    self.n,self.step_ = len(x),0
+    self.steps = max(1, self.n_epoch*len(self.dls.train))
+    if self.eps*len(self.dls.train)>15: warnings.warn(f"`eps`={self.eps} times {len(self.dls.train)} batches an epoch is more than 15: the draws may run away; take a smaller `eps` or larger batches", stacklevel=2)
+    self.g = torch.Generator(x.device).manual_seed(self.seed)
+    self.M = {id(p): 1/(self.lam+self.tau*self.n) for p in m.parameters()}
+    for j,role in enumerate(('user','item')):
+        count = torch.bincount(x[:,j]).float()
+        count[0] += sum(cb.p for cb in self.learn.cbs if isinstance(cb, IdDropout))*self.n # what is dropped counts for the unknown row
+        for t in emb_tables(m)[role]: self.M[id(t)] = 1/(self.lam+self.tau*F.pad(count, (0, len(t)-len(count))))[:,None]
 
 # %% ../nbs/07b_averaging.ipynb #a97505d0
 @patch
@@ -374,6 +385,7 @@ class DropoutDraw(nn.Module):
                 for h in hooks: h.remove()
     def score_items(self, users): return score_by_forward(self, users, self.model.n_items)
 
+# %% ../nbs/07b_averaging.ipynb #a691163e
 def dropout_members(
     learn:Learner, # a learner whose model has dropout
     n:int=10, # members

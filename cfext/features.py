@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_array,check_is_fitted,_check_feature_
 from .core import *
 from .tables import *
 
-# %% ../nbs/13b_features.ipynb #90adc146
+# %% ../nbs/13b_features.ipynb #a6d9d7ab
 class _Lookup:
     "Columns of a set of tables, ready to be filled in for rows"
     def __init__(self, tables, form, unk, groups, ref=()):
@@ -30,35 +30,40 @@ class _Lookup:
         self.pairs = [cs for cs in emb_spaces(tables) if len(cs)==2]
         self.names = [n for o in self.cols.values() for n in o.columns]+[f'{a}_{b}_score' for a,b in self.pairs]
 
-    def _score(self, codes, a, b):
-        "Dot product or cosine, and biases, of the rows that `codes` names"
-        ta,tb,i,j = self.full[a],self.full[b],codes[a],codes[b]
-        res = np.einsum('nd,nd->n', p := ta.factors.take(i, 0), q := tb.factors.take(j, 0))
-        if ta.space=='cosine': res /= np.maximum(np.linalg.norm(p, axis=1)*np.linalg.norm(q, axis=1), 1e-12)
-        return res if ta.bias is None else res+ta.bias.take(i)+tb.bias.take(j)
+@patch
+def _score(self:_Lookup, codes, a, b):
+    "Dot product or cosine, and biases, of the rows that `codes` names"
+    ta,tb,i,j = self.full[a],self.full[b],codes[a],codes[b]
+    res = np.einsum('nd,nd->n', p := ta.factors.take(i, 0), q := tb.factors.take(j, 0))
+    if ta.space=='cosine': res /= np.maximum(np.linalg.norm(p, axis=1)*np.linalg.norm(q, axis=1), 1e-12)
+    return res if ta.bias is None else res+ta.bias.take(i)+tb.bias.take(j)
 
-    def _coder(self, t, col, name):
-        "A function from a slice to the rows of `t` for it; the values of a `category` column are looked up once"
-        if not isinstance(col.dtype, pd.CategoricalDtype): return lambda sl: t.encode(col.iloc[sl], name)
-        codes,rows = col.array.codes,np.append(t.encode(col.cat.categories, name), 0 if t.counts[0]>0 else -1)
-        return lambda sl: rows[codes[sl]]
+# %% ../nbs/13b_features.ipynb #90adc146
+@patch
+def _coder(self:_Lookup, t, col, name):
+    "A function from a slice to the rows of `t` for it; the values of a `category` column are looked up once"
+    if not isinstance(col.dtype, pd.CategoricalDtype): return lambda sl: t.encode(col.iloc[sl], name)
+    codes,rows = col.array.codes,np.append(t.encode(col.cat.categories, name), 0 if t.counts[0]>0 else -1)
+    return lambda sl: rows[codes[sl]]
 
-    def _fill(self, X, out, rows=None, step=2**17):
-        "Write the columns of `X` into `out`, or into its `rows`"
-        coders = {c: self._coder(t, X[c], c) for c,t in self.tables.items()}
-        for lo in range(0, len(X), step):
-            sl = slice(lo, lo+step)
-            codes = {c: f(sl) for c,f in coders.items()}
-            if self.unk=='raise': self._refuse(X.iloc[sl], codes)
-            to,at = sl if rows is None else rows[sl],0
-            for c,m in self.mats.items(): out[to,at:at+m.shape[1]],at = m.take(codes[c], 0),at+m.shape[1]
-            for a,b in self.pairs: out[to,at],at = self._score(codes, a, b),at+1
-        return out
+@patch
+def _fill(self:_Lookup, X, out, rows=None, step=2**17):
+    "Write the columns of `X` into `out`, or into its `rows`"
+    coders = {c: self._coder(t, X[c], c) for c,t in self.tables.items()}
+    for lo in range(0, len(X), step):
+        sl = slice(lo, lo+step)
+        codes = {c: f(sl) for c,f in coders.items()}
+        if self.unk=='raise': self._refuse(X.iloc[sl], codes)
+        to,at = sl if rows is None else rows[sl],0
+        for c,m in self.mats.items(): out[to,at:at+m.shape[1]],at = m.take(codes[c], 0),at+m.shape[1]
+        for a,b in self.pairs: out[to,at],at = self._score(codes, a, b),at+1
+    return out
 
-    def _refuse(self, X, codes):
-        "Raise an `UnknownIdError` for the first column with an unknown value"
-        for c,i in codes.items():
-            if (i<0).any(): raise UnknownIdError(c, X[c][i<0].unique().tolist(), "pass unk='mean' (the mean of the known ones) or unk='na'")
+@patch
+def _refuse(self:_Lookup, X, codes):
+    "Raise an `UnknownIdError` for the first column with an unknown value"
+    for c,i in codes.items():
+        if (i<0).any(): raise UnknownIdError(c, X[c][i<0].unique().tolist(), "pass unk='mean' (the mean of the known ones) or unk='na'")
 
 # %% ../nbs/13b_features.ipynb #dfdebda7
 class _Shared(TransformerMixin, BaseEstimator):
@@ -281,6 +286,26 @@ def _fit_transform(self:EmbeddingFeatures, X, y):
     self.agreement_ = pd.DataFrame(agree).rename_axis('fold')
     return self._finish(X, block, named)
 
+# %% ../nbs/13b_features.ipynb #dbfdce10
+def _to_npz(f, tab, unknown, empty):
+    "Write a table's arrays, none of which needs a pickle to be read"
+    keys = tab.index.to_numpy()
+    if keys.dtype==object:
+        if pd.api.types.infer_dtype(keys)!='string': raise TypeError(f"column {tab.index.name!r} has keys that are neither numbers nor text, such as {keys[0]!r}: turn them into text first")
+        keys = keys.astype(str)
+    np.savez(f, keys=keys, features=tab.iloc[:,1:].to_numpy(), names=np.array(tab.columns[1:], dtype=str),
+             rows=tab.iloc[:,0].to_numpy(), unknown=unknown.to_numpy()[0], empty=empty.to_numpy()[0])
+
+def _to_parquet(f, tab, unknown, empty, n_empty, unk):
+    "Write a table with its keys as a column of their own type, a last row for an empty cell, and what an unknown one gets"
+    c,keyed = tab.index.name,tab.reset_index()
+    keyed = keyed.astype({c: keyed[c].convert_dtypes().dtype})
+    if unk!='raise' or n_empty:
+        last = empty.assign(**{f'{c}_rows': n_empty, c: None})[list(keyed.columns)]
+        keyed = pd.concat([keyed.astype({c: object}), last]).astype({c: keyed[c].dtype})
+    if unk!='raise': keyed.attrs['unknown'] = unknown.to_numpy()[0].tolist()
+    keyed.to_parquet(f, index=False)
+
 # %% ../nbs/13b_features.ipynb #1d51f5bf
 @patch
 def table(self:EmbeddingFeatures,
@@ -313,20 +338,5 @@ def export(self:EmbeddingFeatures,
             if fmt=='npz': _to_npz(f, tab, unknown, empty)
             else:
                 import_extra('pyarrow', 'fast-io')
-                keyed = tab.reset_index()
-                keyed = keyed.astype({c: keyed[c].convert_dtypes().dtype})
-                if self.unk!='raise' or n_empty:
-                    last = empty.assign(**{f'{c}_rows': n_empty, c: None})[list(keyed.columns)]
-                    keyed = pd.concat([keyed.astype({c: object}), last]).astype({c: keyed[c].dtype})
-                if self.unk!='raise': keyed.attrs['unknown'] = unknown.to_numpy()[0].tolist()
-                keyed.to_parquet(f, index=False)
+                _to_parquet(f, tab, unknown, empty, n_empty, self.unk)
     return paths
-
-def _to_npz(f, tab, unknown, empty):
-    "Write a table's arrays, none of which needs a pickle to be read"
-    keys = tab.index.to_numpy()
-    if keys.dtype==object:
-        if pd.api.types.infer_dtype(keys)!='string': raise TypeError(f"column {tab.index.name!r} has keys that are neither numbers nor text, such as {keys[0]!r}: turn them into text first")
-        keys = keys.astype(str)
-    np.savez(f, keys=keys, features=tab.iloc[:,1:].to_numpy(), names=np.array(tab.columns[1:], dtype=str),
-             rows=tab.iloc[:,0].to_numpy(), unknown=unknown.to_numpy()[0], empty=empty.to_numpy()[0])

@@ -99,7 +99,7 @@ def _row_counts(dls, i, name, n):
     else: return
     return np.bincount(codes, minlength=n)[:n] if len(codes) else None
 
-# %% ../nbs/13a_tables.ipynb #24e7864f
+# %% ../nbs/13a_tables.ipynb #ccd6ee6b
 class EmbTables(dict):
     "Column name -> `EmbTable`, and the names of the columns that their learner predicts"
     def __init__(self,
@@ -114,6 +114,7 @@ def _y_names(dls):
     ys = getattr(dls, 'y_names', None) or getattr(dls, 'rating_name', None) or ()
     return [ys] if isinstance(ys, str) else list(ys)
 
+# %% ../nbs/13a_tables.ipynb #24e7864f
 def read_embs(
     learn, # fitted `Learner` of cfext or fastai, or a dict of column name -> `EmbTable`
 )->EmbTables: # column name -> `EmbTable`
@@ -199,6 +200,7 @@ def emb_groups(
     if len(live): res[live] = KMeans(k, n_init=1, random_state=seed).fit_predict(t.factors[live], sample_weight=t.counts[live])
     return res
 
+# %% ../nbs/13a_tables.ipynb #f4f7db3b
 def group_dists(
     a:np.ndarray, # (n,d) vectors
     groups:np.ndarray, # (m,) group of each of the first m rows, -1 = in none
