@@ -197,13 +197,14 @@ def _split_rows(learn, split):
         x[lost,1] = torch.where(which<0, 0, dls.n_items+which) # no id at all is no item
     return x,y,'all',left
 
-def _rating_report(learn, x, y):
-    "RMSE and MAE of the model and of means"
+def _rating_report(learn, x, y, unk=None):
+    "RMSE and MAE of the model, which answers for unknown ids by `unk`, and of means"
     ds = learn.dls.train_ds
     x = torch.stack([x[:,0], x[:,1].masked_fill(x[:,1]>=ds.n_items, 0)], 1)
     dl = ResidentDL(Ratings(x.int(), y[:,None], ds.classes, ds.rating_name), bs=learn.dls.valid.bs)
+    dl.unk = unk
     with learn.no_bar(): own = learn.get_preds(dl=dl)[0].reshape(-1)
-    preds = {type(learn.model).__name__: own, **_mean_preds(learn.dls, x)}
+    preds = {type(learn.model).__name__: own, **(_mean_preds(learn.dls, x) if len(ds) else {})}
     errs = {n: p.cpu()-y.cpu() for n,p in preds.items()}
     return pd.DataFrame({n: {'RMSE': (e**2).mean().sqrt().item(), 'MAE': e.abs().mean().item()} for n,e in errs.items()}).T
 
@@ -242,7 +243,7 @@ def _beside(dls, baselines, name):
         had = tuple(getattr(m, o, getattr(dls, o)) for o in ('n_users','n_items'))
         if had!=(dls.n_users,dls.n_items):
             raise ValueError(f"`baselines`[{n!r}] knows {had[0]-1:,} users and {had[1]-1:,} items, these loaders {dls.n_users-1:,} and {dls.n_items-1:,}: make it from the same loaders")
-    return {'popularity': Popularity(dls), **(baselines or {})}
+    return {**({'popularity': Popularity(dls)} if len(dls.train_ds) else {}), **(baselines or {})}
 
 def _put_figure(df, row, col, vals, interval, seed):
     "Write a mean, and its interval where there is one, into a frame"
@@ -272,8 +273,9 @@ def evaluate(self:CFLearner,
     x,y,seen,left = _split_rows(self, split)
     held = HeldOut(dls, x, seen if exclude_seen else None)
     kw,ranked,suffix = _protocol(self, held, seen if exclude_seen else None, candidates, n_sampled, seed)
+    if not len(dls.train_ds): ranked += ' (none: the learner has no rows, so that means and popularity are not there either)'
     rates = getattr(self.model, 'rates', True) and not isinstance(self.loss_func, RankingLoss)
-    res = _rating_report(self, x, y) if rates and y is not None else pd.DataFrame(index=[name])
+    res = _rating_report(self, x, y, None if isinstance(split, str) else dls.unk) if rates and y is not None else pd.DataFrame(index=[name])
     counts = {**held.counts, **left}
     for n,m in {name: self.model, **_beside(dls, baselines, name)}.items():
         if not len(held.users): break
@@ -306,7 +308,7 @@ def evaluate(
 # %% ../nbs/10c_evaluation.ipynb #7dcc2760
 @patch
 def compare(self:CFLearner,
-    other, # another learner, or a model over the same loaders
+    other, # another learner, an `Ensemble`, or a model over the same loaders
     k:int=10, # places in each list
     split='valid', # 'valid', or a frame of later rows, as for `evaluate`
     *,
@@ -317,6 +319,7 @@ def compare(self:CFLearner,
     seed:int=0, # of both
 )->pd.DataFrame: # a row a measure: this, other, difference (this less other), low, high, p, users
     "Compare with another model, user by user"
+    if hasattr(other, 'as_learner'): other = other.as_learner(hold_out=isinstance(split, str))
     if not isinstance(other, CFLearner): other = SimpleNamespace(model=other.to(self.dls.device), dls=self.dls, loss_func=None)
     rows = [_split_rows(l, split) for l in (self,other)]
     same = all(self.dls.classes[a].ids.equals(other.dls.classes[b].ids) for a,b in zip(self.dls.cat_names, other.dls.cat_names))

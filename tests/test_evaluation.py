@@ -257,3 +257,28 @@ def test_baselines_do_not_take_the_models_place(learn):
     for n in ('popularity',type(learn.model).__name__):
         with pytest.raises(ValueError, match='a row of that name already'): learn.evaluate(baselines={n:EASE(learn.dls)})
     with pytest.raises(TypeError, match=r"should be a model such as EASE\(dls\), not EASE"): learn.evaluate(baselines=dict(EASE=EASE))
+
+def test_reports_answer_for_unknown_users_as_predictions_do():
+    df = synth_ratings(60, 40, 1000, seed=3)
+    tr,va = ColdUserSplitter(.3, seed=0)(df)
+    late = df.iloc[va]
+    learn = cf_learner(CFDataLoaders.from_df(df.iloc[tr], seed=0, unk='mean', device='cpu'), n_factors=4, y_range=(.5,5.5), seed=0)
+    with learn.no_bar(),learn.no_logging():
+        learn.fit(2, 0.03)
+        want = ((learn.predict(late)[2][:,0]-torch.tensor(late.rating.to_numpy()))**2).mean()
+        assert learn.validate(dl=learn.dls.test_dl(late, with_labels=True))[0]==pytest.approx(want.item(), rel=1e-4)
+        assert learn.evaluate(split=late, bar=False).RMSE.iloc[0]==pytest.approx(want.sqrt().item(), rel=1e-4)
+        assert learn.evaluate(bar=False).RMSE.iloc[0]**2==pytest.approx(learn.validate()[0], rel=1e-4)
+
+def test_a_learner_without_rows_is_not_put_beside_what_needs_them(tmp_path):
+    df = synth_ratings(60, 40, 1000, seed=3)
+    learn = cf_learner(CFDataLoaders.from_df(df.iloc[:900], seed=0, device='cpu'), n_factors=4, y_range=(.5,5.5), seed=0)
+    rep = load_bundle(learn.save_bundle(tmp_path/'b', history=False), device='cpu').evaluate(split=df.iloc[900:], bar=False)
+    assert list(rep.index)==['DotProductBias'] and 'the learner has no rows' in rep.note
+
+def test_a_learner_beside_an_ensemble():
+    df = synth_ratings(60, 40, 1000, seed=3)
+    dls = CFDataLoaders.from_df(df, seed=0, device='cpu')
+    learns = [cf_learner(dls, n_factors=4, seed=s) for s in (0,1)]
+    got = learns[0].compare(Ensemble(learns), 5, n_boot=50)
+    assert got.loc['NDCG@5','other']==pytest.approx(Ensemble(learns).evaluate(5, bar=False)['NDCG@5'].iloc[0])

@@ -416,3 +416,24 @@ def test_unknown_ids_come_back_as_they_were_asked(df):
         assert learn.predict(rows, unk=unk)[0].dtypes.tolist()==rows.dtypes.tolist()+['float32']
     assert learn.predict(('Ann','Jaws'), unk='na')[0].iloc[0,:2].tolist()==['Ann','Jaws']
     pd.testing.assert_frame_equal(rows, copy)
+
+@pytest.mark.parametrize('make', [lambda d: d, EASE])
+def test_an_export_keeps_what_loaders_know(df, make, tmp_path):
+    dls = CFDataLoaders.from_df(df, seed=0, unk='mean', device='cpu').positives(4)
+    model = make(dls)
+    learn = cf_learner(dls, 'dot' if model is dls else model, n_factors=3, loss_func=BPRLoss(), path=tmp_path)
+    n = len(learn.dls.train_ds)
+    learn.export('l.pkl')
+    assert len(learn.dls.train_ds)==n
+    back = load_learner(tmp_path/'l.pkl')
+    assert (back.dls.unk,back.dls.at_least,back.dls.also_seen)==('mean',4,(None,None)) and not len(back.dls.train_ds)
+    user = df.user.iloc[0]
+    a,b = (l.recommend([user], 5, exclude_seen=False) for l in (learn,back))
+    pd.testing.assert_frame_equal(a, b)
+
+def test_summary_counts_parameters_that_lie_in_no_layer(df):
+    learn = cf_learner(CFDataLoaders.from_df(df, device='cpu'), n_factors=3)
+    learn.model.user_bias.requires_grad_(False)
+    n,m = sum(p.numel() for p in learn.model.parameters()),learn.model.user_bias.numel()
+    with learn.no_bar(): res = learn.summary()
+    assert all(o in res for o in (f'Total params: {n:,}\n', f'Total trainable params: {n-m:,}\n', f'Total non-trainable params: {m:,}\n'))
