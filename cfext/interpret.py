@@ -17,6 +17,7 @@ from torch import nn
 
 from .core import *
 from .embed import *
+from .losses import *
 from .graph import *
 from .learner import *
 from .maps import *
@@ -99,13 +100,14 @@ def biases(
 def show_biases(
     learn, # a learner whose model has biases, or a `CatView`
     col:str|None=None, # see `cat_view`
-    k:int=8, # how many of the lowest and of the highest
+    k:int|None=None, # how many of the lowest and of the highest; None: 8, or as many as there are
     *,
     min_count:int=1, # leave out categories with fewer training rows
     axs=None, # two matplotlib axes; new ones if `None`
 ): # array of the two axes
     "Draw the lowest and highest biases with their counts, and all of them against the plain mean"
     df = biases(learn, col, min_count)
+    if k is None: k = min(8, len(df)//2)
     if 2*check_pos(k, 'k')>len(df): raise ValueError(f"`k`={k} lowest and highest need {2*k} categories, there are {len(df)} with `min_count`={min_count}")
     ends,name = pd.concat([df.head(k), df.tail(k)]),df.columns[0]
     if axs is None: axs = plt.subplots(1, 2, figsize=(12,.6+.26*2*k), layout='constrained')[1]
@@ -177,13 +179,14 @@ def describe_axes(
     learn, # a learner, or a `CatView`
     col:str|None=None, # see `cat_view`
     n_axes:int|None=None, # principal axes to describe; None: 3, or as many as there are
-    k:int=4, # names at each end
+    k:int|None=None, # names at each end; None: 4, or as many as there are
     *,
     top:int|None=1000, # look at the categories with most training rows; `None`: all of them
 )->pd.DataFrame: # a row for each axis: share of the variance, names at the low and the high end, correlation with log count and mean
     "Describe the principal axes of a column's table by the categories at their ends"
     v = cat_view(learn, col)
     keep = np.argsort(-v.count, kind='stable')[:None if top is None else check_pos(top, 'top', 2)]
+    if k is None: k = min(4, len(keep)//2)
     if 2*check_pos(k, 'k')>len(keep): raise ValueError(f"`k`={k} names at each end need {2*k} of {v.col}, there are {len(keep)}")
     scores,share = pca_axes(v.table[keep], min(3, len(keep)-1, v.table.shape[1]) if n_axes is None else n_axes)
     r = lambda a,s: np.nan if a is None or np.nanstd(a)==0 else pd.Series(np.asarray(a, float)).corr(pd.Series(s))
@@ -198,7 +201,7 @@ def describe_axes(
 def nearest(
     learn, # a learner, or a `CatView`
     ids, # one of the caller's ids, or several
-    k:int=10, # neighbours of each
+    k:int|None=None, # neighbours of each; None: 10, or as many as there are
     col:str|None=None, # see `cat_view`
     how:str='cosine', # 'cosine', 'dot' or 'euclid'
 )->pd.DataFrame: # k rows for each id: the id, rank from 1, near, the measure, count
@@ -207,6 +210,7 @@ def nearest(
     ids = [ids] if isinstance(ids, str) or not hasattr(ids, '__iter__') else list(ids)
     code = pd.Index(v.ids).get_indexer(ids)
     if (code<0).any(): raise UnknownIdError(v.col, [o for o,c in zip(ids, code) if c<0], f'it should be a value of {v.col}, such as {v.ids[0]!r}')
+    if k is None: k = min(10, len(v)-1)
     if check_pos(k, 'k')>len(v)-1: raise ValueError(f"`k`={k}, but there are only {len(v)-1} others of {v.col}")
     t = v.table/np.maximum(np.linalg.norm(v.table, axis=1, keepdims=True), 1e-12) if how=='cosine' else v.table
     sim = t[code]@t.T if how!='euclid' else -np.linalg.norm(t[code][:,None]-t, axis=2)
@@ -222,6 +226,8 @@ def _preds(learn, ds_idx):
     if len(learn.dls.loaders)<=ds_idx or not len(learn.dls.loaders[ds_idx].dataset):
         raise ValueError(f"the learner has no {'validation' if ds_idx else 'training'} rows to predict: "
                          + ("hold some out (`valid_pct` or `splitter`), or pass ds_idx=0 for the training rows" if ds_idx else "it was loaded without them"))
+    if isinstance(learn.loss_func, RankingLoss) or not getattr(learn.model, 'rates', True):
+        raise ValueError(f"the scores of {type(learn.model).__name__} make lists and are on no scale of ratings, so that there are no errors to show: use `learn.evaluate()`")
     with learn.no_bar(): p,y = learn.get_preds(ds_idx=ds_idx)[:2]
     if p.numel()!=y.numel(): raise ValueError(f"expected one number for each row, got predictions of shape {tuple(p.shape)} for targets {tuple(y.shape)}")
     return p.reshape(-1).double().cpu().numpy(),y.reshape(-1).double().cpu().numpy()
@@ -270,9 +276,11 @@ def error_by_count(
     n = np.bincount(cat_codes(dls)[col], minlength=len(dls.classes[col]))
     mean = np.where(n>0, np.bincount(cat_codes(dls)[col], ty, len(n))/np.maximum(n, 1), ty.mean())
     seen = np.where(code>0, n[code], 0)
+    lost = getattr(dls.loaders[ds_idx].dataset, 'unknown', {}).get(list(dls.cat_names).index(col), pd.Series(dtype=object))
+    code[lost.index] = -1-pd.factorize(lost)[0] # each id that training did not have counts
     cuts = np.unique(np.quantile(seen[seen>0], np.linspace(0, 1, check_pos(n_bins, 'n_bins')+1)).astype(int)) if (seen>0).any() else np.array([1])
     bins = np.where(seen==0, -1, np.clip(np.searchsorted(cuts, seen, side='right')-1, 0, max(len(cuts)-2, 0)))
-    df = pd.DataFrame(dict(bin=bins, seen=seen, code=code, se=(p-y)**2, base=(mean[code]-y)**2, err=p-y))
+    df = pd.DataFrame(dict(bin=bins, seen=seen, code=code, se=(p-y)**2, base=(mean[np.maximum(code, 0)]-y)**2, err=p-y))
     g = df.groupby('bin')
     res = pd.DataFrame(dict(least=g.seen.min(), most=g.seen.max(), ids=g.code.nunique(), rows=g.size(), rmse=g.se.mean()**.5,
                             mean_rmse=g.base.mean()**.5, error=g.err.mean()))

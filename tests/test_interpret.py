@@ -388,3 +388,24 @@ def test_star_wars(data_dir):
     assert 'Empire Strikes Back, The (1980)' in nearest(l, 'Star Wars (1977)', 3).near.tolist()
     ax = show_item_map(l, color='genres', df=df)
     assert overlapping(ax)==0 and len(ax.texts)>25
+
+def test_small_catalogues_and_what_is_no_rating():
+    from cfext import BPRLoss,EASE
+    df = synth_ratings(60, 7, 200, seed=3)
+    learn = cf_learner(CFDataLoaders.from_df(df, seed=0, device='cpu'), n_factors=3, seed=0)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.02)
+    assert len(show_biases(learn))==2 and len(describe_axes(learn).low.iloc[0])==3 and len(nearest(learn, 1))==6
+    for l in (cf_learner(learn.dls, n_factors=3, loss_func=BPRLoss()), cf_learner(learn.dls, EASE)):
+        for f in (show_preds, show_errors, error_by_count):
+            with pytest.raises(ValueError, match='no scale of ratings.*learn.evaluate'): f(l)
+
+def test_each_id_that_was_never_seen_counts():
+    from cfext import ColdUserSplitter
+    df = synth_ratings(60, 30, 700, seed=3)
+    dls = CFDataLoaders.from_df(df, splitter=ColdUserSplitter(.2, seed=0), device='cpu')
+    learn = cf_learner(dls, n_factors=3, seed=0)
+    tr,va = ColdUserSplitter(.2, seed=0)(df)
+    e = error_by_count(learn, 'user')
+    assert (e.most[0],e.ids[0],e.rows[0])==(0,df.user.iloc[va].nunique(),len(va))
+    want = ((df.rating.iloc[va]-df.rating.iloc[tr].mean())**2).mean()**.5
+    assert e.mean_rmse[0]==pytest.approx(want, rel=1e-4)
