@@ -195,6 +195,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'cfext.cli._recommend': ('cli.html#_recommend', 'cfext/cli.py'),
                            'cfext.cli._similar': ('cli.html#_similar', 'cfext/cli.py'),
                            'cfext.cli._the_id': ('cli.html#_the_id', 'cfext/cli.py'),
+                           'cfext.cli._trained': ('cli.html#_trained', 'cfext/cli.py'),
+                           'cfext.cli._write_all': ('cli.html#_write_all', 'cfext/cli.py'),
                            'cfext.cli._write_items': ('cli.html#_write_items', 'cfext/cli.py'),
                            'cfext.cli._write_report': ('cli.html#_write_report', 'cfext/cli.py'),
                            'cfext.cli._y_range': ('cli.html#_y_range', 'cfext/cli.py'),
