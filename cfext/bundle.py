@@ -74,7 +74,7 @@ def _put(folder, stem, suffix, write):
         with whole_file(folder/name) as f: os.replace(tmp, f)
     return dict(name=name, sha256=sha)
 
-# %% ../nbs/14_bundle.ipynb #45c956aa
+# %% ../nbs/14_bundle.ipynb #b4855de8
 def _settings(learn, model):
     "What a learner's bundle says besides parameters and ids"
     ds,loss = learn.dls.train_ds,getattr(learn.loss_func, 'func', learn.loss_func)
@@ -86,6 +86,23 @@ def _settings(learn, model):
     return dict(model=dict(name=type(model).__name__, config=getattr(model, 'config', None)), loss=type(loss).__name__, **more, unk=learn.dls.unk,
                 unk_p=drop[0] if drop else 0, bs=learn.dls.train.bs, user_name=ds.user_name, item_name=ds.item_name, rating_name=ds.rating_name)
 
+# %% ../nbs/14_bundle.ipynb #6c34bca0
+def _rows(dls):
+    "The tensors of the loaders' rows, and of those that only count as seen"
+    res = {f'{s}.{k}': getattr(d, k) for s,d in (('train',dls.train_ds), ('valid',dls.valid_ds)) for k in 'xyw'}
+    res.update({f'{s}.also': t for s,t in zip(('train','valid'), dls.also_seen)})
+    res.update({f'valid.unknown{j}': torch.from_numpy(s.index.to_numpy(np.int64, copy=True)) for j,s in dls.valid_ds.unknown.items()})
+    return {k: t.cpu().contiguous() for k,t in res.items() if t is not None}
+
+def _files(path):
+    "Names of the data files of the bundle in a folder, if there is a readable one"
+    try: d = json.loads((path/'bundle.json').read_text(encoding='utf-8'))
+    except (OSError,ValueError): return set()
+    if isinstance(d, dict) and d.get('kind')!='cfext bundle': raise BundleError(f"{path/'bundle.json'} is not the manifest of a bundle; expected a folder, new or of a bundle: give another name")
+    try: return {Path(o['name']).name for o in d['files'].values()}
+    except (KeyError,TypeError,AttributeError): return set()
+
+# %% ../nbs/14_bundle.ipynb #45c956aa
 @patch
 def save_bundle(self:CFLearner,
     path:str|Path, # folder of the bundle; made if it is missing, a bundle in it is replaced
@@ -112,22 +129,7 @@ def save_bundle(self:CFLearner,
     if _files(path) - {o.name for o in path.iterdir()}: return self.save_bundle(path, history=history) # what went was in another writer's bundle too
     return path
 
-def _rows(dls):
-    "The tensors of the loaders' rows, and of those that only count as seen"
-    res = {f'{s}.{k}': getattr(d, k) for s,d in (('train',dls.train_ds), ('valid',dls.valid_ds)) for k in 'xyw'}
-    res.update({f'{s}.also': t for s,t in zip(('train','valid'), dls.also_seen)})
-    res.update({f'valid.unknown{j}': torch.from_numpy(s.index.to_numpy(np.int64, copy=True)) for j,s in dls.valid_ds.unknown.items()})
-    return {k: t.cpu().contiguous() for k,t in res.items() if t is not None}
-
-def _files(path):
-    "Names of the data files of the bundle in a folder, if there is a readable one"
-    try: d = json.loads((path/'bundle.json').read_text(encoding='utf-8'))
-    except (OSError,ValueError): return set()
-    if isinstance(d, dict) and d.get('kind')!='cfext bundle': raise BundleError(f"{path/'bundle.json'} is not the manifest of a bundle; expected a folder, new or of a bundle: give another name")
-    try: return {Path(o['name']).name for o in d['files'].values()}
-    except (KeyError,TypeError,AttributeError): return set()
-
-# %% ../nbs/14_bundle.ipynb #e255b542
+# %% ../nbs/14_bundle.ipynb #3e5e61a3
 def _want(d, where, **kinds):
     "Raise unless `d` has the keys of `kinds`, each with a value of that kind"
     if not isinstance(d, dict): raise BundleError(f"{where} is {d!r}, expected an object with {', '.join(kinds)}; save the bundle again")
@@ -142,6 +144,7 @@ def _told(what):
     except BundleError: raise
     except (KeyError,TypeError,ValueError,RuntimeError,AttributeError) as e: raise BundleError(f"{what} ({type(e).__name__}: {e}); save the bundle again") from e
 
+# %% ../nbs/14_bundle.ipynb #e255b542
 def _manifest(path):
     "Read and check `bundle.json` and the digests of the files it names"
     if path.is_file():
@@ -167,6 +170,7 @@ def _manifest(path):
         if _digest(f)!=o['sha256']: raise BundleError(f"{f} is not what was saved (its checksum differs); save the bundle again")
     return d
 
+# %% ../nbs/14_bundle.ipynb #2628f196
 def _bundle_model(d, model, state):
     "The module that the manifest names, or the one given, with its parameters"
     name,config = d['model']['name'],d['model']['config']
@@ -177,7 +181,6 @@ def _bundle_model(d, model, state):
     except RuntimeError as e: raise BundleError(f"the parameters in the bundle do not fit {type(model).__name__}: {e}") from e
     return model
 
-# %% ../nbs/14_bundle.ipynb #446bc508
 def _read(path):
     "The manifest, its files, their tensors and ids"
     d = _manifest(path)
@@ -193,6 +196,7 @@ def _steadily(manifest, f, tries=20):
         except (BundleError,OSError):
             if j==tries-1 or stamp()==was: raise
 
+# %% ../nbs/14_bundle.ipynb #446bc508
 def load_bundle(
     path:str|Path, # folder that `save_bundle` wrote
     *,

@@ -131,6 +131,28 @@ def _write_items(df, item_name, out):
     if not cols: return (out/'items.csv').unlink(missing_ok=True)
     with whole_file(out/'items.csv') as f: df[[item_name,*cols]].drop_duplicates(item_name).to_csv(f, index=False)
 
+# %% ../nbs/16_cli.ipynb #2718e83a
+def _trained(df, dls, model, n_factors, epochs, lr, wd, seed, K, out):
+    "A learner fitted to ratings or for lists, and what was taken for `epochs`, `lr` and `wd` where they were left open"
+    lists = dls.rating_name is None
+    if lists and model=='nn': raise ValueError("--model nn predicts ratings; lists are trained with --model dot")
+    epochs,lr,wd = (ifnone(o, d) for o,d in zip((epochs,lr,wd), (30,1e-2,0.) if lists else (5,5e-3,0.1)))
+    if lists: learn = _list_learner(dls, n_factors, seed, metrics=list_metrics('NDCG', k=K, n_users=1000))
+    else: learn = cf_learner(dls, model, n_factors, _y_range(df, dls.rating_name), seed=seed, metrics=[rmse,mae])
+    with _plain_progress(learn): learn.fit_one_cycle(epochs, lr, wd=wd)
+    if not all(p.isfinite().all() for p in learn.model.parameters()): raise ValueError(f"the training has diverged, and {out} is left as it was: take a smaller --lr than {lr:g}")
+    return learn,dict(epochs=epochs, lr=lr, wd=wd)
+
+# %% ../nbs/16_cli.ipynb #10c268dc
+def _write_all(learn, df, out, K):
+    "Titles and genres, pictures and lists, beside the bundle"
+    dls = learn.dls
+    genre = next((c for c in ('genre','genres') if c in df and c!=dls.item_name and df[c].notna().any()), None)
+    _write_items(df, dls.item_name, out)
+    _pictures(learn, out, None if genre is None else df.drop_duplicates(dls.item_name).set_index(dls.item_name)[genre].astype('string').str.split('|').str[0])
+    users = dls.classes[dls.user_name].ids[:10_000]
+    with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K, bar=sys.stdout.isatty()).to_csv(f, index=False, float_format='%.4f')
+
 # %% ../nbs/16_cli.ipynb #69e0c4fb
 def _fit(
     data:str=None, # a ratings file (.csv, .tsv, .parquet) or the folder of a MovieLens set; none: a synthetic set
@@ -159,23 +181,14 @@ def _fit(
     check_choice(model, 'model', ('dot','nn')),check_pos(K, 'k'),check_pos(n_factors, 'n_factors'),check_pos(ifnone(epochs, 1), 'epochs')
     if not (0<ifnone(lr, 1)<np.inf and 0<=ifnone(wd, 0)<np.inf): raise ValueError(f"--lr should be a number above 0 and --wd one of at least 0, got {ifnone(lr, 'none')} and {ifnone(wd, 'none')}")
     df,dls = _load(data, split, splitter, valid_pct, seed, lists, time_name, encoding, user_name=user_name, item_name=item_name, rating_name=rating_name, bs=bs)
+    learn,took = _trained(df, dls, model, n_factors, epochs, lr, wd, seed, K, out)
     lists = dls.rating_name is None
-    if lists and model=='nn': raise ValueError("--model nn predicts ratings; lists are trained with --model dot")
-    epochs,lr,wd = (ifnone(o, d) for o,d in zip((epochs,lr,wd), (30,1e-2,0.) if lists else (5,5e-3,0.1)))
-    if lists: learn = _list_learner(dls, n_factors, seed, metrics=list_metrics('NDCG', k=K, n_users=1000))
-    else: learn = cf_learner(dls, model, n_factors, _y_range(df, dls.rating_name), seed=seed, metrics=[rmse,mae])
-    with _plain_progress(learn): learn.fit_one_cycle(epochs, lr, wd=wd)
-    if not all(p.isfinite().all() for p in learn.model.parameters()): raise ValueError(f"the training has diverged, and {out} is left as it was: take a smaller --lr than {lr:g}")
     beside = dict(EASE=EASE(dls)) if lists and dls.n_items<=5000 else None
     report = learn.evaluate(k=K, baselines=beside, bar=sys.stdout.isatty()) if len(dls.valid_ds) else pd.DataFrame()
     learn.save_bundle(out)
-    _write_report(learn, report, out, dict(data=data and str(data), lists=lists, model=model, n_factors=n_factors, epochs=epochs, lr=lr, wd=wd, bs=dls.train.bs,
+    _write_report(learn, report, out, dict(data=data and str(data), lists=lists, model=model, n_factors=n_factors, **took, bs=dls.train.bs,
                                            splitter=split or splitter, valid_pct=valid_pct, seed=seed))
-    genre = next((c for c in ('genre','genres') if c in df and c!=dls.item_name and df[c].notna().any()), None)
-    _write_items(df, dls.item_name, out)
-    _pictures(learn, out, None if genre is None else df.drop_duplicates(dls.item_name).set_index(dls.item_name)[genre].astype('string').str.split('|').str[0])
-    users = dls.classes[dls.user_name].ids[:10_000]
-    with whole_file(out/'recommendations.csv') as f: learn.recommend(users, k=K, bar=sys.stdout.isatty()).to_csv(f, index=False, float_format='%.4f')
+    _write_all(learn, df, out, K)
     print((f"\n{report.round(4)}\n" if len(report) else '') + f"\nwritten to {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
 
 # %% ../nbs/16_cli.ipynb #097df6c7

@@ -21,7 +21,7 @@ from .data import *
 from .learner import *
 from .bundle import *
 
-# %% ../nbs/14b_folds.ipynb #2b2a51d5
+# %% ../nbs/14b_folds.ipynb #d777402f
 _bys = ('random','time','past','user','stratified','bag')
 
 def _stretches(count, k):
@@ -31,6 +31,12 @@ def _stretches(count, k):
     w = np.where(large, size, count*q)
     return (w.cumsum()-w)//size
 
+def _bag(n, rng):
+    "A random 63% of the rows, and the others"
+    o,m = rng.permutation(n),max(1, round(n*(1-np.exp(-1))))
+    return np.sort(o[:m]),np.sort(o[m:])
+
+# %% ../nbs/14b_folds.ipynb #d0525696
 def _fold_numbers(df, k, by, cols, rng):
     "Fold number, 0 to k-1, of each row"
     n = len(df)
@@ -49,6 +55,7 @@ def _fold_numbers(df, k, by, cols, rng):
     res[order] = np.arange(n)%k
     return res
 
+# %% ../nbs/14b_folds.ipynb #2b2a51d5
 def fold_rows(
     df:pd.DataFrame, # the rows
     k:int=5, # folds
@@ -73,11 +80,6 @@ def fold_rows(
     ids = _fold_numbers(df, k, by, dict(user=user_name, time=time_name, rating=find_col(df, rating_name, 'rating') if by=='stratified' else None), rng)
     if by=='past': return [(np.flatnonzero(ids<j), np.flatnonzero(ids==j)) for j in range(1, k)]
     return [(np.flatnonzero(ids!=j), np.flatnonzero(ids==j)) for j in range(k)]
-
-def _bag(n, rng):
-    "A random 63% of the rows, and the others"
-    o,m = rng.permutation(n),max(1, round(n*(1-np.exp(-1))))
-    return np.sort(o[:m]),np.sort(o[m:])
 
 # %% ../nbs/14b_folds.ipynb #b68f3f16
 def trained_on(

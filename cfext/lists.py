@@ -50,6 +50,12 @@ def recommend_to(self:CFLearner,
     if short: warnings.warn(f"{short:,} of {len(ids):,} lists hold fewer than `k`={k} items: there were no more that are allowed and not seen", stacklevel=2)
     return path
 
+# %% ../nbs/10a_lists.ipynb #50e3f6fb
+def _lengthened(V):
+    "The vectors (n,d) with one more coordinate, which makes all of them as long as the longest"
+    sq = (V.double()**2).sum(1)
+    return torch.cat([V, (sq.max()-sq).clamp(min=0).sqrt()[:,None].to(V)], 1)
+
 # %% ../nbs/10a_lists.ipynb #2403a9ba
 class ItemIndex:
     "A graph over the items of a dot product that finds nearly the best for a user; needs the extra `ann`"
@@ -70,21 +76,20 @@ class ItemIndex:
         V = m.item_factors.detach()[1:]
         if kind is CosineProduct.score_items: V = F.normalize(V, dim=1)
         if self.bias: V = torch.cat([V, m.item_bias.detach()[1:]], 1)
-        sq = (V.double()**2).sum(1)
-        V = torch.cat([V, (sq.max()-sq).clamp(min=0).sqrt()[:,None].to(V)], 1).cpu().float().numpy()
+        V = _lengthened(V).cpu().float().numpy()
         self.index = Index(ndim=V.shape[1], metric='cos', dtype='f32', connectivity=check_pos(connectivity, 'connectivity', 2),
                            expansion_add=check_pos(expansion_add, 'expansion_add'), expansion_search=check_pos(expansion_search, 'expansion_search'))
         keys,n = np.arange(1, len(V)+1, dtype=np.uint64),1024
         self.index.add(keys[:n], V[:n], threads=1) # several threads would lose some of the first
         if len(V)>n: self.index.add(keys[n:], V[n:], threads=threads)
-    def __getstate__(self): return {**self.__dict__, 'index':(bytes(self.index.save()), self.index.expansion_search)}
-    def __setstate__(self, state):
-        saved,search = state['index']
-        self.__dict__.update(state, index=import_extra('usearch.index', 'ann').Index.restore(saved))
-        self.index.expansion_search = search
-    def __len__(self): return len(self.index)
-    def __repr__(self): return f"ItemIndex of {len(self):,} items, connectivity {self.index.connectivity}, expansion_search {self.index.expansion_search}"
 
+@patch
+def __len__(self:ItemIndex): return len(self.index)
+
+@patch
+def __repr__(self:ItemIndex): return f"ItemIndex of {len(self):,} items, connectivity {self.index.connectivity}, expansion_search {self.index.expansion_search}"
+
+# %% ../nbs/10a_lists.ipynb #2b7841b9
 @patch
 def search(self:ItemIndex,
     users:Tensor, # (n,) long codes
@@ -98,6 +103,15 @@ def search(self:ItemIndex,
     keys = np.asarray(found.keys).astype(np.int64).reshape(len(users), -1)
     n = np.asarray(getattr(found, 'counts', [keys.shape[1]])).reshape(-1,1)
     return torch.from_numpy(np.where(np.arange(keys.shape[1])<n, keys, -1)).to(users.device)
+
+@patch
+def __getstate__(self:ItemIndex): return {**self.__dict__, 'index':(bytes(self.index.save()), self.index.expansion_search)}
+
+@patch
+def __setstate__(self:ItemIndex, state):
+    saved,search = state['index']
+    self.__dict__.update(state, index=import_extra('usearch.index', 'ann').Index.restore(saved))
+    self.index.expansion_search = search
 
 # %% ../nbs/10a_lists.ipynb #56661a64
 @patch
@@ -125,6 +139,7 @@ def top_items(self:ItemIndex,
         res[0][short,:r.shape[1]],res[1][short,:r.shape[1]] = r,v
     return res
 
+# %% ../nbs/10a_lists.ipynb #f4872527
 @patch
 def recall(self:ItemIndex,
     k:int=10, # places

@@ -112,7 +112,7 @@ def ridge_rows(
         res[b] = _ridge_block(O[others[at]], c[others[at]], ratings[at], w, prior, model.y_range, check_pos(n_steps, 'n_steps'))
     return res
 
-# %% ../nbs/10b_newcomers.ipynb #2463e339
+# %% ../nbs/10b_newcomers.ipynb #3d588256
 def _bigger(model, role, n_new):
     "A copy of a model whose tables of one side have `n_new` more rows, each the mean of the known ones"
     new,n = copy.deepcopy(model),getattr(model, f'n_{role}s')+n_new
@@ -124,6 +124,23 @@ def _bigger(model, role, n_new):
     new.config = {**new.config, f'n_{role}s': n}
     return new
 
+# %% ../nbs/10b_newcomers.ipynb #a77a20a3
+def _more_ids(m, ids):
+    "An `IdMap` with the ids of a column that it lacks put behind its own"
+    fresh = pd.Index(np.asarray(pd.unique(ids))).infer_objects()
+    if fresh.isna().any(): raise ValueError(f"{ids.name!r} holds {int(ids.isna().sum())} missing ids: drop them first")
+    fresh = fresh[m.encode(fresh)==0]
+    number = lambda o: is_numeric_dtype(o) or infer_dtype(o)=='integer'
+    if is_integer_dtype(m.ids) and is_float_dtype(fresh): # the known ids would become floats too, and from 2**53 on these have lost digits
+        if (odd := fresh[(fresh%1!=0)|(abs(fresh)>=2**53)]).size: raise TypeError(f"new ids such as {plain(odd[0])!r} among known ones that are whole numbers, such as {plain(m.ids[0])!r}")
+        fresh = fresh.astype(np.int64)
+    elif len(fresh) and number(m.ids)!=number(fresh) and not infer_dtype(m.ids).startswith('mixed'):
+        raise TypeError(f"new ids such as {plain(fresh[0])!r} ({type(plain(fresh[0])).__name__}) among known ones such as {plain(m.ids[0])!r} ({type(plain(m.ids[0])).__name__}): give them the same type")
+    if not len(fresh): return IdMap(m.ids)
+    mixed = fresh.dtype!=m.ids.dtype # int64 and uint64 would become floats
+    return IdMap(m.ids.append(fresh.astype(object)).infer_objects() if mixed else m.ids.append(fresh))
+
+# %% ../nbs/10b_newcomers.ipynb #2a567d3f
 def _loaders_like(dls, dss):
     "Loaders of other rows, else the same"
     return type(dls)(*(dl.new(ds) for dl,ds in zip(dls.loaders, dss)), path=dls.path, device=dls.device)._like(dls)
@@ -140,21 +157,6 @@ def _with_rows(dls, new, low):
     res,also = _loaders_like(dls, dss),dls.also_seen
     if also[0] is not None: res.also_seen = (torch.cat([also[0], low.to(also[0])]), also[1])
     return res
-
-def _more_ids(m, ids):
-    "An `IdMap` with the ids of a column that it lacks put behind its own"
-    fresh = pd.Index(np.asarray(pd.unique(ids))).infer_objects()
-    if fresh.isna().any(): raise ValueError(f"{ids.name!r} holds {int(ids.isna().sum())} missing ids: drop them first")
-    fresh = fresh[m.encode(fresh)==0]
-    number = lambda o: is_numeric_dtype(o) or infer_dtype(o)=='integer'
-    if is_integer_dtype(m.ids) and is_float_dtype(fresh): # the known ids would become floats too, and from 2**53 on these have lost digits
-        if (odd := fresh[(fresh%1!=0)|(abs(fresh)>=2**53)]).size: raise TypeError(f"new ids such as {plain(odd[0])!r} among known ones that are whole numbers, such as {plain(m.ids[0])!r}")
-        fresh = fresh.astype(np.int64)
-    elif len(fresh) and number(m.ids)!=number(fresh) and not infer_dtype(m.ids).startswith('mixed'):
-        raise TypeError(f"new ids such as {plain(fresh[0])!r} ({type(plain(fresh[0])).__name__}) among known ones such as {plain(m.ids[0])!r} ({type(plain(m.ids[0])).__name__}): give them the same type")
-    if not len(fresh): return IdMap(m.ids)
-    mixed = fresh.dtype!=m.ids.dtype # int64 and uint64 would become floats
-    return IdMap(m.ids.append(fresh.astype(object)).infer_objects() if mixed else m.ids.append(fresh))
 
 # %% ../nbs/10b_newcomers.ipynb #11428541
 def _flat(model):
@@ -177,6 +179,7 @@ def _kind(learn, model, how):
     if how=='ridge': _sides(model, 'user')
     return how
 
+# %% ../nbs/10b_newcomers.ipynb #aa7beb2b
 def _solve_rows(model, ds, role, codes, solved, prior, n_steps=8):
     "Write the rows `codes` of one side of `model`, by the rows of `ds` whose other side is `solved`"
     j = int(role=='item')
@@ -251,6 +254,7 @@ def _new_rows(dls, df, names):
         if lost := df[n][(x[:,j]==0).numpy()].nunique(): warnings.warn(f"new {('users','items')[j]} without a row rated at least {least:g} are left out: {lost:,}", stacklevel=3)
     return Ratings(x[ok], y[ok,None], classes, ds.rating_name, None if w is None else w[ok]).to(dls.device),x[~ok&(x>0).all(1)].to(dls.device)
 
+# %% ../nbs/10b_newcomers.ipynb #af9d693c
 @patch
 def fold_in(self:CFLearner,
     interactions:pd.DataFrame, # rows with the loaders' columns of users, items and ratings; without that of their weights, if any, each has the usual one

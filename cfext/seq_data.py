@@ -46,6 +46,7 @@ class Sequences:
     @property
     def sep(self): return '' if 'char' in self.classes else ' '
 
+# %% ../nbs/15a_seq_data.ipynb #14523f8c
 @patch
 def subset(self:Sequences,
     idxs, # row numbers, a boolean mask or a slice

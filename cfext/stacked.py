@@ -114,6 +114,7 @@ def place(self:Stacked,
     rows = n_users+self.P['item_factors'].shape[1]
     return torch.stack([at+k*(flat//width), at+k*flat+rows*width], -4).flatten(-3)
 
+# %% ../nbs/14f_stacked.ipynb #d09f60d3
 @patch
 def __call__(self:Stacked,
     x:Tensor, # what `place` made of codes (k,bs,2)
@@ -199,6 +200,7 @@ class StackedAdam:
         for k,(o,m) in enumerate(zip(self.opts, self.stack.models)):
             for j,n in enumerate(self.names): yield k,j,n,o.state[m.get_parameter(n)]
 
+# %% ../nbs/14f_stacked.ipynb #9fab8a7b
 @patch
 def take(self:StackedAdam):
     "Read the optimizers' states"
@@ -247,6 +249,7 @@ def hypers(self:StackedAdam,
     "Return one model's hyper-parameters at a step"
     return [{**h, **{n: vs[g] for n,vs in self.plans[k][i].items()}} for g,h in enumerate(self.opts[k].hypers)]
 
+# %% ../nbs/14f_stacked.ipynb #df877c70
 @patch
 def _lists(self:StackedAdam, a, b):
     "What the kernel gets for each group of parameters of the models `a` to `b`: numbers, gradients, averages, counts"
@@ -306,6 +309,7 @@ def step_on_device(self:StackedAdam,
             v.mul_(sqr).add_(gr*gr*sqr_damp)
             p.sub_(m*size/(v/sqr_size).sqrt_().add_(eps))
 
+# %% ../nbs/14f_stacked.ipynb #368aca1d
 @patch
 def kernel_steps(self:StackedAdam,
     bs:int, # rows a batch

@@ -90,6 +90,7 @@ def suggest(
             res[n] = f(n, *s[:2], log=len(s)==3)
     return res
 
+# %% ../nbs/10e_tuning.ipynb #6f9ad8cf
 def _fit(make, dls, params, epochs, seed, metrics=(), cbs=None):
     "A learner made and fitted with `params`"
     kw = {k:v for k,v in params.items() if k not in ('epochs','lr','wd')}
@@ -100,6 +101,47 @@ def _fit(make, dls, params, epochs, seed, metrics=(), cbs=None):
         learn.metrics = L(learn.metrics)+L(metrics)
         with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(params.get('epochs', epochs), params.get('lr', learn.lr), wd=params.get('wd'), cbs=cbs)
     return learn
+
+# %% ../nbs/10e_tuning.ipynb #0f8ee993
+def _spelled(f):
+    "A function and what is bound to it, in words that are the same in another process"
+    if isinstance(f, partial): return [_spelled(f.func), *map(_spelled, f.args), {k:_spelled(v) for k,v in f.keywords.items()}]
+    if callable(f) and hasattr(f, '__qualname__'): return f'{f.__module__}.{f.__qualname__}'
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(f))
+
+def _digest(ds):
+    "A number for the rows of a dataset, in their order"
+    return zlib.crc32(b''.join(np.ascontiguousarray(o.cpu().numpy()).tobytes() for o in (ds.x, ds.y, ds.w) if o is not None))
+
+def _setup(dls, make, exclude_seen, **what):
+    "What a search is for, in words: one that goes on has to be for the same"
+    more = {} if exclude_seen else dict(exclude_seen=False)
+    return json.dumps(dict(**what, learner=_spelled(make), users=dls.n_users, items=dls.n_items, rows=len(dls.train_ds), digest=_digest(dls.train_ds), **more), default=str, sort_keys=True)
+
+# %% ../nbs/10e_tuning.ipynb #0b297050
+def _study(optuna, storage, name, minimize, prune, setup):
+    "An optuna study, new or resumed, that is for this search"
+    if storage is not None and '://' not in str(storage):
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        storage = f'sqlite:///{Path(storage).resolve()}'
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1) if prune else optuna.pruners.NopPruner()
+    res = optuna.create_study(storage=storage, study_name=name, load_if_exists=storage is not None, direction='minimize' if minimize else 'maximize',
+                              pruner=pruner)
+    if (had := res.user_attrs.get('setup')) not in (None, setup):
+        raise ValueError(f"the study in `storage` was made for another search ({had}), not for this one ({setup}): give another `name` or file")
+    res.set_user_attr('setup', setup)
+    return res
+
+def _sq_error(p, t): return ((p-t)**2).mean()
+
+def _trial(trial, make, dls, space, epochs, seed, measure, what, **lists):
+    "The figure of one trial; of one that is broken off an exception, as optuna wants it"
+    minimize = measure in ('RMSE','valid_loss')
+    metrics = list_metrics(measure, **lists) if not minimize else [AvgMetric(_sq_error)] if measure=='RMSE' else []
+    cb = PruneTrial(trial, {'RMSE':'_sq_error','valid_loss':'valid_loss'}.get(measure, what), minimize, 0.5 if measure=='RMSE' else 1.)
+    _fit(make, dls, suggest(trial, space), epochs, seed, metrics, cb)
+    if cb.pruned: raise import_extra('optuna', 'tune').TrialPruned()
+    return cb.value
 
 # %% ../nbs/10e_tuning.ipynb #0524e5da
 class Tuned:
@@ -116,29 +158,6 @@ class Tuned:
     )->CFLearner: # fitted
         "Train the best settings on all training rows of the loaders"
         return _fit(self.make, self.dls, self.params, self.epochs, ifnone(seed, self.seed))
-
-def _spelled(f):
-    "A function and what is bound to it, in words that are the same in another process"
-    if isinstance(f, partial): return [_spelled(f.func), *map(_spelled, f.args), {k:_spelled(v) for k,v in f.keywords.items()}]
-    if callable(f) and hasattr(f, '__qualname__'): return f'{f.__module__}.{f.__qualname__}'
-    return re.sub(r' at 0x[0-9a-f]+', '', repr(f))
-
-def _digest(ds):
-    "A number for the rows of a dataset, in their order"
-    return zlib.crc32(b''.join(np.ascontiguousarray(o.cpu().numpy()).tobytes() for o in (ds.x, ds.y, ds.w) if o is not None))
-
-def _study(optuna, storage, name, minimize, prune, setup):
-    "An optuna study, new or resumed, that is for this search"
-    if storage is not None and '://' not in str(storage):
-        Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        storage = f'sqlite:///{Path(storage).resolve()}'
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1) if prune else optuna.pruners.NopPruner()
-    res = optuna.create_study(storage=storage, study_name=name, load_if_exists=storage is not None, direction='minimize' if minimize else 'maximize',
-                              pruner=pruner)
-    if (had := res.user_attrs.get('setup')) not in (None, setup):
-        raise ValueError(f"the study in `storage` was made for another search ({had}), not for this one ({setup}): give another `name` or file")
-    res.set_user_attr('setup', setup)
-    return res
 
 # %% ../nbs/10e_tuning.ipynb #5f0512f1
 def tune(
@@ -164,14 +183,8 @@ def tune(
     check_space(space)
     optuna,minimize = import_extra('optuna', 'tune'),measure in ('RMSE','valid_loss')
     inner,what = inner_loaders(dls, valid_pct, seed),measure if minimize else f'{measure}@{k}'
-    setup = json.dumps(dict(space=space, measure=what, epochs=epochs, valid_pct=valid_pct, seed=seed, learner=_spelled(make_learner), users=dls.n_users, items=dls.n_items,
-                            rows=len(dls.train_ds), digest=_digest(dls.train_ds), **({} if exclude_seen else dict(exclude_seen=False))), default=str, sort_keys=True)
-    def one(trial):
-        metrics = list_metrics(measure, k=k, n_users=n_users, exclude_seen=exclude_seen) if not minimize else [AvgMetric(_sq_error)] if measure=='RMSE' else []
-        cb = PruneTrial(trial, {'RMSE':'_sq_error','valid_loss':'valid_loss'}.get(measure, what), minimize, 0.5 if measure=='RMSE' else 1.)
-        _fit(make_learner, inner, suggest(trial, space), epochs, seed, metrics, cb)
-        if cb.pruned: raise optuna.TrialPruned()
-        return cb.value
+    setup = _setup(dls, make_learner, exclude_seen, space=space, measure=what, epochs=epochs, valid_pct=valid_pct, seed=seed)
+    one = partial(_trial, make=make_learner, dls=inner, space=space, epochs=epochs, seed=seed, measure=measure, what=what, k=k, n_users=n_users, exclude_seen=exclude_seen)
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -183,5 +196,3 @@ def tune(
         if not any(t.state.name=='COMPLETE' for t in study.trials): raise ValueError(f"no trial of {len(study.trials)} came to an end with a number: look at the ranges of `space` ({', '.join(space)})")
         return Tuned(study, make_learner, dls, epochs, seed, what)
     finally: optuna.logging.set_verbosity(level)
-
-def _sq_error(p, t): return ((p-t)**2).mean()
