@@ -134,7 +134,9 @@ class StepGraph:
         self.losses,self.nums = torch.zeros(len(dl), device=dev),None
 
 @patch
-def load(self:StepGraph, plan):
+def load(self:StepGraph,
+    plan, # hyper-parameters of each step, as `lay_out` gives them
+):
     "Take over an epoch's order and numbers"
     had,self.stepper = self.stepper.stepped,TensorStep(self.learn.opt)
     if self.graph is not None: self.stepper.stepped = had
@@ -146,7 +148,9 @@ def load(self:StepGraph, plan):
 
 # %% ../nbs/05a_capture.ipynb #39c21f0c
 @patch
-def step(self:StepGraph, at=None):
+def step(self:StepGraph,
+    at:Tensor|None=None, # (bs,) long, rows of the data; None: those that are due
+):
     "Train on the rows `at`, or on those that are due"
     learn,ds,asks = self.learn,self.ds,self.asks
     if at is None: at = self.order[self.i*self.bs+self.span]

@@ -36,11 +36,16 @@ class FactorGrad:
         self.tables,self.sums = [[t.view(-1) if t.shape[1]==1 and j>1 else t for j,t in enumerate(o)] for o in (ts, self.grads)]
         self.y_range,self.offset = model.y_range,float(getattr(model, 'offset', 0.))
     @classmethod
-    def tables_of(cls, model):
+    def tables_of(cls,
+        model:nn.Module, # as for the class
+    ):
         "The parameters of factors and, if there are any, of biases"
         return [getattr(model, n) for n in cls.names if hasattr(model, n)]
-    def scores(self, u, i):
-        "Factors of the rows, and their scores"
+    def scores(self,
+        u:Tensor, # (bs,) long codes of users
+        i:Tensor, # (bs,) long codes of items
+    ):
+        "Factors of the rows (bs,f), of users and of items, and their scores (bs,)"
         P,Q,*bias = self.tables
         p,q = P.index_select(0, u),Q.index_select(0, i)
         s = torch.linalg.vecdot(p, q)
@@ -85,7 +90,12 @@ class PairGrad(FactorGrad):
         super().__init__(model)
         self.loss,self.squash = loss,model.squash
         self.plain = type(loss) is BPRLoss and self.y_range is None
-    def slopes(self, s, keep, logq, w):
+    def slopes(self,
+        s:Tensor, # (bs,1+n) scores of the row's item and of its negatives
+        keep:Tensor|None, # (bs,n) bool: which of them count; None: all
+        logq:Tensor|None, # (bs,n) ln of the probabilities that they were drawn with
+        w:Tensor|None, # (bs,) factors of the rows' losses; None: each 1
+    ):
         "Loss, and its gradient by scores (bs,1+n)"
         s.requires_grad_()
         with torch.enable_grad():
@@ -167,7 +177,10 @@ class SoftmaxGrad(FactorGrad):
         super().__init__(model)
         self.temp,self.weight,self.cosines = loss.temp,loss.weight,isinstance(model, CosineProduct)
         self.room = torch.empty(0, device=self.flat.device)
-    def table(self, p, q):
+    def table(self,
+        p:Tensor, # (n,f) factors of users
+        q:Tensor, # (n_items,f) factors of items
+    ):
         "Scores by temperature (n,n_items), in memory that is kept"
         shape = len(p),len(q)
         if self.room.numel()<shape[0]*shape[1]: self.room = torch.empty(shape[0]*shape[1], device=p.device)
