@@ -136,6 +136,9 @@ def decode_batch(self:ResidentDL, b, max_n=9, full=True):
     return ids.map(lambda o: (o,)) if len(b)==1 else L(zip(ids, df.iloc[:,2]))
 
 @patch
+def _pre_show_batch(self:ResidentDL, b, max_n=9): return self.decode(tuple(o[:max_n] for o in b)),None,None # a frame shows itself
+
+@patch
 def show_batch(self:ResidentDL, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
     b = ifnone(b, self.one_batch())
     df = self.dataset.frame(tuple(o[:max_n] for o in b))
@@ -253,8 +256,9 @@ def _warn(msg):
     while f.f_back and f.f_globals is globals(): f,level = f.f_back,level+1
     warnings.warn(msg, stacklevel=level)
 
-def _hint_zeros(y, rating):
-    "Warn where 0 is so frequent among ratings of more than one other height, not all of them shares, that it may stand for none"
+def _hint_ratings(y, rating):
+    "Warn where all are the same, or where 0 is so frequent among ratings of more than one other height, not all of them shares, that it may stand for none"
+    if len(y)>1 and (y==y[0]).all(): _warn(f"`rating_name`={rating!r} is {y[0]:g} in every row, so that there is nothing to rate; take each row as a choice, `rating_name=None`, and train for lists, such as by `loss_func=BPRLoss()`")
     share = (y==0).float().mean().item()
     if share>1/3 and y.min()>=0 and y.max()>1 and len(y[y>0].unique())>1:
         _warn(f"`rating_name`={rating!r} is 0 in {share:.0%} of the rows; where 0 stands for 'not rated', leave them out, `df[df[{rating!r}]>0]`, or take each row as a choice, `rating_name=None`")
@@ -274,7 +278,7 @@ def _datasets(cls:CFDataLoaders, df, user, item, rating, weight, masks):
             raise ValueError(f"`{arg}`={col!r} holds a single id, {plain(classes[col].ids[0])!r}, in the training rows: there is nothing to compare. "
                              "Check that this is the right column")
     y = torch.ones(len(df)) if rating is None else _targets(df[rating], 'rating_name')
-    if rating is not None: _hint_zeros(y, rating)
+    if rating is not None: _hint_ratings(y, rating)
     w = None if weight is None else _targets(df[weight], 'weight_name')
     if w is not None and (w<0).any(): raise ValueError(f"`weight_name`={weight!r} holds {int((w<0).sum())} negative weights")
     if w is not None and not (w[masks[0]]>0).any(): raise ValueError(f"`weight_name`={weight!r} is 0 in every training row: there would be nothing to learn from")

@@ -177,3 +177,13 @@ def frame(self:Ratings,
     if len(b)>1: cols = {self.rating_name or 'target': b[1], **cols}
     flat = lambda v: v if not isinstance(v, Tensor) else to_detach(v).numpy() if v.ndim==1 else to_detach(v)[:,0].numpy()
     return pd.DataFrame({**res, **{k: flat(v) for k,v in cols.items()}})
+
+# %% ../nbs/01b_ids.ipynb #082aa270
+@patch(as_prop=True)
+def items(self:Ratings)->pd.DataFrame: # columns user, item[, rating], a row each
+    "The rows in the caller's ids"
+    df = self.frame((self.x,) if self.y is None else (self.x,self.y))
+    for j,s in self.unknown.items():
+        df[df.columns[j]] = df.iloc[:,j].astype(object)
+        df.iloc[s.index,j] = s.to_numpy()
+    return df

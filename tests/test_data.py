@@ -454,3 +454,24 @@ def test_many_ratings_of_0_are_pointed_at(df, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings('error', '.*is 0 in')
         for d,kw in ((books[books.rating>0],{}),(books,dict(rating_name=None)),(books.assign(rating=(books.rating>0)*1.),{}),(books.assign(rating=books.rating/5),{}),(books.assign(rating=books.rating.where(books.index!=0, -1)),{}),(df.assign(rating=df.rating.where(df.index%5>0, 0)),{})): loaders(d, **kw)
+
+def test_ratings_that_are_all_the_same_are_pointed_at():
+    df = synth_ratings(30, 20, 200).assign(rating=1)
+    with pytest.warns(UserWarning, match="`rating_name`='rating' is 1 in every row.*`rating_name=None`"): CFDataLoaders.from_df(df, valid_pct=0, device='cpu')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        CFDataLoaders.from_df(df, valid_pct=0, rating_name=None, device='cpu')
+
+def test_fastais_interpretation_finds_the_rows():
+    from fastai.interpret import Interpretation
+    df = synth_ratings(60, 40, 900, seed=3)
+    dls = CFDataLoaders.from_df(df, splitter=ColdUserSplitter(.2, seed=0), device='cpu')
+    learn = cf_learner(dls, n_factors=4, y_range=(.5,5.5), seed=0)
+    with learn.no_bar():
+        interp = Interpretation.from_learner(learn)
+        loss,at,rows = interp.top_losses(5, items=True)
+        want = df.iloc[ColdUserSplitter(.2, seed=0)(df)[1]][['user','item','rating']]
+        assert (rows.to_numpy()==want.iloc[at.tolist()].to_numpy()).all() and '#na#' not in rows.user.tolist()
+        learn.dls.unk = 'na'
+        interp.plot_top_losses(2)
+        interp.show_results([0,1])
