@@ -398,6 +398,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.explore._new': ('explore.html#_new', 'cfext/explore.py'),
                                'cfext.explore._overview': ('explore.html#_overview', 'cfext/explore.py'),
                                'cfext.explore._page': ('explore.html#_page', 'cfext/explore.py'),
+                               'cfext.explore._recorded': ('explore.html#_recorded', 'cfext/explore.py'),
                                'cfext.explore._recs': ('explore.html#_recs', 'cfext/explore.py'),
                                'cfext.explore._search': ('explore.html#_search', 'cfext/explore.py'),
                                'cfext.explore._sorry': ('explore.html#_sorry', 'cfext/explore.py'),

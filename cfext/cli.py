@@ -115,13 +115,13 @@ def _pictures(learn, out, color):
 
 # %% ../nbs/16_cli.ipynb #51d33246
 def _write_report(learn, report, out, settings):
-    "`metrics.json`: settings, sizes, the losses of each epoch and the report, with the versions that made them"
+    "`metrics.json`: settings, sizes, the losses of each epoch and the report, with the versions that made them and the file of the model they are about"
     import fastai,cfext
     names = list(learn.recorder.metric_names[1:-1])
     rows = [dict(zip(names, [None if o is None else float(o) for o in v])) for v in learn.recorder.values]
     d = dict(settings=settings, rows=dict(train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds)), users=learn.dls.n_users-1,
              items=learn.dls.n_items-1, epochs=rows, report={i: r.dropna().to_dict() for i,r in report.iterrows()}, note=getattr(report, 'note', ''),
-             versions=dict(cfext=cfext.__version__, fastai=fastai.__version__, torch=torch.__version__), device=str(learn.dls.device))
+             tensors=json.loads((out/'bundle.json').read_text(encoding='utf-8'))['files']['tensors']['name'], versions=dict(cfext=cfext.__version__, fastai=fastai.__version__, torch=torch.__version__), device=str(learn.dls.device))
     with whole_file(out/'metrics.json') as f: f.write_text(json.dumps(d, indent=1), encoding='utf-8')
 
 # %% ../nbs/16_cli.ipynb #6b351bf3
@@ -231,7 +231,8 @@ def _recommend(
 ):
     "Print the best items for a user"
     learn = _open(bundle)
-    print(learn.recommend([_the_id(learn, 'user', user)], k=K, exclude_seen=not seen).round(3).to_string(index=False))
+    df = learn.recommend([_the_id(learn, 'user', user)], k=K, exclude_seen=not seen)
+    print(df.round(3).to_string(index=False) if len(df) else 'nothing is left to recommend; --seen lists what the user has rated too')
 
 # %% ../nbs/16_cli.ipynb #f6ff4a2d
 def _similar(
@@ -271,7 +272,9 @@ def main(
     f,pos = _commands[argv[0]]
     args = vars(anno_parser(f, prog=f'cfext {argv[0]}', pos=[pos]).parse_args(argv[1:]))
     try:
-        f(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda msg,*_,**__: print(f"cfext {argv[0]}: {msg}", file=sys.stderr) # no path, no line of source
+            f(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
         sys.stdout.flush()
     except BrokenPipeError: # whoever reads, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -127,11 +127,16 @@ def _biases(ex, req):
                Section(show(ends[0], 'Liked less')), cls='two')
     return _page(ex, 'Biases', H1('Biases of the items'), P('What an item adds to everybody\'s prediction, once tastes are accounted for.', cls='quiet'), form, body, here='biases')
 
+def _recorded(ex):
+    "What `cfext fit` wrote; {} where there is nothing, or where another model was saved there since"
+    if not ex.path: return {}
+    try: rec,bundle = (json.loads((ex.path/f'{o}.json').read_text(encoding='utf-8')) for o in ('metrics','bundle'))
+    except (OSError,ValueError): return {}
+    return rec if isinstance(rec, dict) and rec.get('tensors') in (None,bundle['files']['tensors']['name']) else {}
+
 def _metrics(ex, req):
     "What `cfext fit` wrote, or what is worked out on request"
-    try: rec = json.loads((ex.path/'metrics.json').read_text(encoding='utf-8')) if ex.path else {}
-    except (OSError,ValueError): rec = {}
-    rec = rec if isinstance(rec, dict) else {}
+    rec = _recorded(ex)
     if not rec.get('report') and req.query_params.get('run'):
         with ex.learn.no_bar(): df = ex.learn.evaluate()
         ex.report = dict(report={i: r.dropna().to_dict() for i,r in df.iterrows()}, note=df.note)

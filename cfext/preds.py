@@ -80,7 +80,7 @@ class SharpMerger(Merger):
     def _into(self, p): return (_logit(p)/self.temp).sigmoid() if self.kind=='sigmoid' else (_log(p)/self.temp).softmax(self.axis)
 
 class RankMerger(Merger):
-    "Mean of each row's rank among all rows, ties sharing theirs, from 0 to 1"
+    "Mean of each row's rank among all rows, ties sharing theirs: above 0, at most 1"
     def _into(self, p):
         from scipy.stats import rankdata
         return torch.as_tensor(rankdata(p.detach().cpu().numpy(), axis=0)/len(p), dtype=p.dtype, device=p.device)

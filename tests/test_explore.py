@@ -371,3 +371,13 @@ def test_everybody_can_use_it(browser, served, dark):
         assert narrow.page.evaluate('document.scrollingElement.scrollWidth<=innerWidth'), f'{u} is wider than a phone'
     wide.clean()
     narrow.clean()
+
+def test_a_report_of_an_earlier_model_is_not_shown(tmp_path, quiet, capsys):
+    synth_ratings(60, 40, 900, seed=3).to_csv(tmp_path/'r.csv', index=False)
+    assert main(['fit', str(tmp_path/'r.csv'), '--out', str(tmp_path/'o'), '--epochs', '1'])==0
+    shown = lambda: 'On held-out rows' in TestClient(explore_app(Explorer(tmp_path/'o')), base_url='http://localhost').get('/metrics').text
+    assert shown()
+    learn = load_bundle(tmp_path/'o', device='cpu')
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.02)
+    learn.save_bundle(tmp_path/'o')
+    assert not shown()
