@@ -163,7 +163,7 @@ def test_digits_with_underscores_are_no_number(fitted, capsys):
 
 def test_warnings_are_lines_and_an_empty_list_is_said(tmp_path, capsys, quiet):
     df = synth_ratings(20, 9, 60, seed=3)
-    pd.concat([df, pd.DataFrame(dict(user=1, item=df.item.unique(), rating=3.))]).drop_duplicates(['user','item']).assign(rating=1).to_csv(tmp_path/'r.csv', index=False)
+    pd.concat([df[['user','item']], pd.DataFrame(dict(user=1, item=df.item.unique()))]).drop_duplicates().assign(rating=1).to_csv(tmp_path/'r.csv', index=False)
     assert main(['fit', str(tmp_path/'r.csv'), '--out', str(tmp_path/'o'), '--epochs', '1'])==0
     err = capsys.readouterr().err
     assert "cfext fit: `rating_name`='rating' is 1 in every row" in err and 'UserWarning' not in err and '.py' not in err
