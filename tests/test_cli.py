@@ -1,5 +1,5 @@
 "The command line, in a process of its own and in this one"
-import json,subprocess,sys
+import json,subprocess,sys,warnings
 from pathlib import Path
 
 import numpy as np,pandas as pd,pytest
@@ -161,10 +161,12 @@ def test_digits_with_underscores_are_no_number(fitted, capsys):
     assert main(['recommend', str(fitted/'out'), '--user', '1_0'])==2 and "'1_0'" in capsys.readouterr().err
     assert main(['recommend', str(fitted/'out'), '--user', '10'])==0
 
-def test_warnings_are_lines_and_an_empty_list_is_said(tmp_path, capsys, quiet):
+def test_warnings_are_lines_and_an_empty_list_is_said(tmp_path, capsys):
     df = synth_ratings(20, 9, 60, seed=3)
     pd.concat([df[['user','item']], pd.DataFrame(dict(user=1, item=df.item.unique()))]).drop_duplicates().assign(rating=1).to_csv(tmp_path/'r.csv', index=False)
-    assert main(['fit', str(tmp_path/'r.csv'), '--out', str(tmp_path/'o'), '--epochs', '1'])==0
+    with warnings.catch_warnings():
+        warnings.simplefilter('default')
+        assert main(['fit', str(tmp_path/'r.csv'), '--out', str(tmp_path/'o'), '--epochs', '1'])==0
     err = capsys.readouterr().err
     assert "cfext fit: `rating_name`='rating' is 1 in every row" in err and 'UserWarning' not in err and '.py' not in err
     assert main(['recommend', str(tmp_path/'o'), '--user', '1'])==0
