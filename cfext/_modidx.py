@@ -51,6 +51,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cfext.averaging._draw_rows': ('averaging.html#_draw_rows', 'cfext/averaging.py'),
                                  'cfext.averaging._hyper': ('averaging.html#_hyper', 'cfext/averaging.py'),
                                  'cfext.averaging._in_fit': ('averaging.html#_in_fit', 'cfext/averaging.py'),
+                                 'cfext.averaging._member': ('averaging.html#_member', 'cfext/averaging.py'),
                                  'cfext.averaging._randn': ('averaging.html#_randn', 'cfext/averaging.py'),
                                  'cfext.averaging._side': ('averaging.html#_side', 'cfext/averaging.py'),
                                  'cfext.averaging._state': ('averaging.html#_state', 'cfext/averaging.py'),

@@ -93,6 +93,11 @@ class EMA(_Averaged):
         if self.swapped: self._exchange()
 
 # %% ../nbs/07b_averaging.ipynb #37e429d6
+def _member(learn, model):
+    "A learner around another model, with the callbacks that validation goes by"
+    cbs = [copy(cb) for cb in learn.cbs if isinstance(cb, (Negatives,RowWeights))]
+    return type(learn)(learn.dls, model, loss_func=learn.loss_func, metrics=learn.metrics, path=learn.path, model_dir=learn.model_dir, cbs=cbs)
+
 def with_weights(
     learn:Learner, # the learner whose loaders, loss and metrics are shared
     state:dict, # what its model's `state_dict` gave at some time
@@ -100,8 +105,7 @@ def with_weights(
     "Make a learner with a model of its own that has these weights"
     model = deepcopy(learn.model)
     model.load_state_dict(state)
-    cbs = [copy(cb) for cb in learn.cbs if isinstance(cb, (Negatives,RowWeights))] # what its validation goes by
-    return type(learn)(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=learn.metrics, path=learn.path, model_dir=learn.model_dir, cbs=cbs)
+    return _member(learn, model.eval())
 
 def _state(model): return {k: v.detach().to('cpu', copy=True) for k,v in model.state_dict().items()}
 
@@ -394,4 +398,4 @@ def dropout_members(
     "Make members that differ in what their dropout leaves out"
     if not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in learn.model.modules()):
         raise ValueError(f"{type(learn.model).__name__} has no dropout: its members would be all the same")
-    return [type(learn)(learn.dls, DropoutDraw(learn.model, seed+j), loss_func=learn.loss_func, metrics=learn.metrics) for j in range(check_pos(n, 'n'))]
+    return [_member(learn, DropoutDraw(learn.model, seed+j)) for j in range(check_pos(n, 'n'))]

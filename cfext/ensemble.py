@@ -305,7 +305,10 @@ def _unseen(self:Ensemble, rows):
         seen = None if rows is None or not isinstance(m.dls, CFDataLoaders) else trained_on(m, rows)
         if seen is not None and seen.any(): raise ValueError(f"member {n!r} was trained on {int(seen.sum())} of these {len(seen)} rows: pass rows that no member has seen")
     got = list(self._each(rows))
-    y = got[0][1].reshape(-1).numpy() if rows is None else rows[learn.dls.train_ds.y_names[0]].to_numpy()
+    if rows is None: y = got[0][1].reshape(-1).numpy()
+    elif isinstance(learn.dls, CFDataLoaders): y = rows[learn.dls.train_ds.y_names[0]].to_numpy()
+    else: # as codes, where they are classes
+        with self._in_turn(learn),learn.no_bar(),learn.no_logging(): y = learn.get_preds(dl=learn.dls.test_dl(rows, with_labels=True))[1].reshape(-1).cpu().numpy()
     return {n: _numbers(n, p if self.clip is None else p.clamp(*self.clip)) for n,(p,_) in zip(self.members, got)},y
 
 @patch

@@ -303,3 +303,15 @@ def test_an_averaging_learner_is_pickled():
     new = pickle.loads(pickle.dumps(learn))
     assert torch.equal(new.model.item_factors, learn.model.item_factors)
     quietly(new, 'fit', 1, 0.02)
+
+@pytest.mark.parametrize('kw,how', [(dict(weight_name='w'),{}), (dict(rating_name=None),dict(loss_func=BPRLoss()))])
+def test_dropout_members_are_validated_as_the_learner_is(kw, how):
+    df = synth_ratings(40, 30, 500, seed=3).assign(w=lambda o: o.user%3+1.)
+    learn = cf_learner(CFDataLoaders.from_df(df, seed=5, device='cpu', **kw), 'nn', config=dict(layers=[8], ps=[.3]), seed=0, **how)
+    with learn.no_bar(),learn.no_logging():
+        m = dropout_members(learn, 1)[0]
+        loss = m.validate()[0]
+        if how: return
+        p,y = m.get_preds()
+        w = learn.dls.valid_ds.w/learn.dls.train_ds.w.mean()
+        assert loss==pytest.approx((((p-y)**2)[:,0]*w).mean().item(), rel=1e-4) and abs(loss-((p-y)**2).mean().item())>1e-3
