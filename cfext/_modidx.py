@@ -767,7 +767,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cfext.many._lent_random': ('many.html#_lent_random', 'cfext/many.py'),
                             'cfext.many._losses': ('many.html#_losses', 'cfext/many.py'),
                             'cfext.many._n_full': ('many.html#_n_full', 'cfext/many.py'),
-                            'cfext.many._one_of': ('many.html#_one_of', 'cfext/many.py'),
                             'cfext.many._own_files': ('many.html#_own_files', 'cfext/many.py'),
                             'cfext.many._pieces': ('many.html#_pieces', 'cfext/many.py'),
                             'cfext.many._plans': ('many.html#_plans', 'cfext/many.py'),

@@ -53,12 +53,15 @@ class _Member:
             self.learn.__dict__.pop('all_batches', None)
             self.done = True
             self.back.release()
-    def _gate(self):
-        if not self.learn.training: return type(self.learn).all_batches(self.learn)
-        self.back.release()
-        self.go.acquire()
-        if self.stopping: raise _Stopped
-        if self.lost: raise CancelFitException()
+
+# %% ../nbs/14g_many.ipynb #3d8a4062
+@patch
+def _gate(self:_Member):
+    if not self.learn.training: return type(self.learn).all_batches(self.learn)
+    self.back.release()
+    self.go.acquire()
+    if self.stopping: raise _Stopped
+    if self.lost: raise CancelFitException()
 
 # %% ../nbs/14g_many.ipynb #41082e75
 @contextmanager
@@ -76,6 +79,7 @@ def random(self:_Member):
     try: yield
     finally: self.rng = get_random_states()
 
+# %% ../nbs/14g_many.ipynb #7e5ff8bd
 @patch
 def run(self:_Member, then=noop):
     "Go on to the next epoch's batches, where `then` is called with the member, or to the end; is there an epoch to train?"
@@ -90,6 +94,7 @@ def _go_on(members, then=noop):
     "Bring all to their next epoch's batches, or to the end; those that have an epoch to train"
     with _lent_random(): return [m for m in members if not m.done and m.run(then)]
 
+# %% ../nbs/14g_many.ipynb #cd8ff527
 @patch
 def stop(self:_Member):
     "Leave the fit, wherever it is"
@@ -112,27 +117,29 @@ def _check_member(j, l, l0):
     if l.dl.bs!=l0.dl.bs: raise ValueError(f"learner {j} has batches of {l.dl.bs} rows, learner 0 of {l0.dl.bs}")
     if (l.dl.dataset.w is None)!=(l0.dl.dataset.w is None): raise ValueError(f"learner {j} and learner 0 do not both have weights of their rows")
 
-def _one_of(l, cls): return first(cb for cb in l.cbs if isinstance(cb, cls))
-
+# %% ../nbs/14g_many.ipynb #ad1a4218
 class _Rows:
     "A member's rows in the order of an epoch: codes `x` (n,2), targets, weights; and where its batches are cut"
     def __init__(self, learn):
         dl = learn.dl
-        ds,self.cuts,drop = dl.dataset,dl.bounds(),_one_of(learn, IdDropout)
+        ds,self.cuts,drop = dl.dataset,dl.bounds(),first(cb for cb in learn.cbs if isinstance(cb, IdDropout))
         self.idx = torch.as_tensor(dl.get_idxs(), device=ds.x.device)[:self.cuts[-1]]
         self.mask = drop.mask((len(self.idx),2), dl.device) if drop and drop.run and drop.p else None
         self.dl,self.bs,self.scale = dl,dl.bs,None if ds.w is None else ds.w.mean()
     def size(self, i): return self.cuts[i+1]-self.cuts[i] if i+1<len(self.cuts) else 0
-    def blocks(self, n, block=1<<20):
-        "Yield the rows of the first `n` batches, as `row_blocks` does"
-        for a in range(0, n, per := max(1, block//self.bs)):
-            x,y,w = self.cut(a, min(a+per, n))
-            yield [0,len(x)],x[:,0],x[:,1],y[:,0],w
     def cut(self, a, b):
         "The rows of batches a to b"
         s = slice(self.cuts[a], self.cuts[b])
         x,y,w = self.dl._take(self.idx[s])
         return x.long() if self.mask is None else x.long().masked_fill(self.mask[s], 0),y,None if w is None else w/self.scale
+
+# %% ../nbs/14g_many.ipynb #06063460
+@patch
+def blocks(self:_Rows, n, block=1<<20):
+    "Yield the rows of the first `n` batches, as `row_blocks` does"
+    for a in range(0, n, per := max(1, block//self.bs)):
+        x,y,w = self.cut(a, min(a+per, n))
+        yield [0,len(x)],x[:,0],x[:,1],y[:,0],w
 
 def _draw(m):
     "Draw the rows of a member's epoch"
@@ -185,23 +192,31 @@ class _Together:
         self.device,self.sign,self.known = torch.device(self.learns[0].dl.device),self.signature(),{}
     def signature(self): return [(id(l.model), id(l.opt), l.dl.bs, [p.requires_grad for p in l.model.parameters()]) for l in self.learns]
     def goes_on(self, members): return self.members==members and self.sign==self.signature()
-    def pick(self):
-        "How to run full batches; says why not by kernels, where that was to be hoped for"
-        if self.device.type!='cuda': return 'called'
-        from cfext.kernels import kernel_hurdle
-        why = next(filter(None, map(kernel_hurdle, self.learns)), None)
-        if why: getattr(self.learns[0], '_tell', print)(f"the steps are recorded from PyTorch's functions, not run by kernels: {why}")
-        return 'recorded' if why else 'kernels'
-    def grads(self, ks, x, y, w):
-        "Compute the losses (k,) and gradients of the members `ks` on a batch each"
-        losses,g = _losses(self.learns[0], self.stack(x, ks).detach(), y, w)
-        self.stack.backward(g)
-        return losses
-    def step(self, i, ks, x, y, w):
-        losses = self.grads(ks, x, y, w)
-        self.adam.step(i, ks)
-        self.stack.clear()
-        return losses
+
+# %% ../nbs/14g_many.ipynb #b3a32fc7
+@patch
+def pick(self:_Together):
+    "How to run full batches; says why not by kernels, where that was to be hoped for"
+    if self.device.type!='cuda': return 'called'
+    from cfext.kernels import kernel_hurdle
+    why = next(filter(None, map(kernel_hurdle, self.learns)), None)
+    if why: getattr(self.learns[0], '_tell', print)(f"the steps are recorded from PyTorch's functions, not run by kernels: {why}")
+    return 'recorded' if why else 'kernels'
+
+# %% ../nbs/14g_many.ipynb #54cf496e
+@patch
+def grads(self:_Together, ks, x, y, w):
+    "Compute the losses (k,) and gradients of the members `ks` on a batch each"
+    losses,g = _losses(self.learns[0], self.stack(x, ks).detach(), y, w)
+    self.stack.backward(g)
+    return losses
+
+@patch
+def step(self:_Together, i, ks, x, y, w):
+    losses = self.grads(ks, x, y, w)
+    self.adam.step(i, ks)
+    self.stack.clear()
+    return losses
 
 # %% ../nbs/14g_many.ipynb #1a45ed58
 def _told(o):
@@ -247,32 +262,41 @@ class _Replay:
                 if a is not None: a.copy_(b)
         self.i.zero_()
         self.done = 0
-    def run(self, sizes, n_warm=3):
-        "Train on batch after batch; yields how many are done"
-        for i in range(len(sizes)):
-            if self.graph is None and self.records and i>=n_warm: self.record()
-            self.step() if self.graph is None else self.graph.replay()
-            self.done = i+1
-            yield self.done
-    def drain(self): return self.done
-    def step(self):
-        x,y,w = (None if c is None else c.index_select(0, self.i)[0] for c in self.cols)
-        self.losses.index_copy_(0, self.i, self.together.grads(None, x, y, w)[None])
-        self.together.adam.step_on_device(self.nums, self.i)
-        self.together.stack.clear()
-        self.i += 1
-    def record(self):
-        "Capture the step as a CUDA graph, without running it"
-        try:
-            graph = torch.cuda.CUDAGraph()
-            S = self.together.stack
-            with _recording(graph, [] if S.dot else S.P.values(), stream=torch.cuda.current_stream()): self.step()
-            self.graph = graph
-        except RuntimeError as e:
-            self.records = False
-            print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
 
-# %% ../nbs/14g_many.ipynb #b0d5548a
+@patch
+def step(self:_Replay):
+    x,y,w = (None if c is None else c.index_select(0, self.i)[0] for c in self.cols)
+    self.losses.index_copy_(0, self.i, self.together.grads(None, x, y, w)[None])
+    self.together.adam.step_on_device(self.nums, self.i)
+    self.together.stack.clear()
+    self.i += 1
+
+# %% ../nbs/14g_many.ipynb #8bbc299f
+@patch
+def record(self:_Replay):
+    "Capture the step as a CUDA graph, without running it"
+    try:
+        graph = torch.cuda.CUDAGraph()
+        S = self.together.stack
+        with _recording(graph, [] if S.dot else S.P.values(), stream=torch.cuda.current_stream()): self.step()
+        self.graph = graph
+    except RuntimeError as e:
+        self.records = False
+        print(f"the steps run one by one, since they could not be captured: {str(e).splitlines()[0]}")
+
+@patch
+def run(self:_Replay, sizes, n_warm=3):
+    "Train on batch after batch; yields how many are done"
+    for i in range(len(sizes)):
+        if self.graph is None and self.records and i>=n_warm: self.record()
+        self.step() if self.graph is None else self.graph.replay()
+        self.done = i+1
+        yield self.done
+
+@patch
+def drain(self:_Replay): return self.done
+
+# %% ../nbs/14g_many.ipynb #9f60fde6
 @patch
 def _whole(self:_Together, rows, done, losses):
     "Run the full batches by steps that lie on the device; `done` is told of them"
@@ -291,6 +315,7 @@ def _whole(self:_Together, rows, done, losses):
             for t in (self.adam.t,self.adam.count): t += ran
     return n
 
+# %% ../nbs/14g_many.ipynb #a3e40c97
 @patch
 def _close(self:_Together, books, plans, losses):
     heard = losses.T.contiguous().cpu() # the one time that the host waits for all losses
@@ -300,6 +325,7 @@ def _close(self:_Together, books, plans, losses):
         if b.done: l.loss = dev[b.done-1]
         m.lost = b.bad # its NaN ended it
 
+# %% ../nbs/14g_many.ipynb #b0d5548a
 @patch
 def epoch(self:_Together, tick):
     "Run the training batches of an epoch, and leave each learner as its own loop would have"
@@ -353,6 +379,7 @@ def _start(learners, n, seed):
         raise ValueError("some learners share a model: make one for each")
     return learns,rngs
 
+# %% ../nbs/14g_many.ipynb #22d9b2f9
 def _own_files(learns):
     "Give callbacks that would write the same file names of their own: fname-0, fname-1, ..."
     where = lambda l,cb: (type(cb), Path(l.path)/l.model_dir, str(cb.fname))
@@ -364,6 +391,7 @@ def _own_files(learns):
         cb.fname = type(cb.fname)(f.with_name(f'{f.stem}-{j}{f.suffix}'))
     if alike: print(f"callbacks of several learners wrote the same file: now each has its own, such as {alike[0][1].fname} ({type(alike[0][1]).__name__})")
 
+# %% ../nbs/14g_many.ipynb #b39108c1
 class _Bar:
     "One progress bar for all, moved ten times a second at the most"
     def __init__(self, on): self.on,self.bar,self.n,self.t = on,None,0,0.

@@ -132,6 +132,7 @@ def _study(optuna, storage, name, minimize, prune, setup):
     res.set_user_attr('setup', setup)
     return res
 
+# %% ../nbs/10e_tuning.ipynb #18f6f28d
 def _sq_error(p, t): return ((p-t)**2).mean()
 
 def _trial(trial, make, dls, space, epochs, seed, measure, what, **lists):
