@@ -640,6 +640,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cfext.learner.RowWeights.after_loss': ('learner.html#rowweights.after_loss', 'cfext/learner.py'),
                                'cfext.learner.RowWeights.before_fit': ('learner.html#rowweights.before_fit', 'cfext/learner.py'),
                                'cfext.learner.RowWeights.on_rows': ('learner.html#rowweights.on_rows', 'cfext/learner.py'),
+                               'cfext.learner._NothingToTrain': ('learner.html#_nothingtotrain', 'cfext/learner.py'),
                                'cfext.learner._check_model': ('learner.html#_check_model', 'cfext/learner.py'),
                                'cfext.learner._check_range': ('learner.html#_check_range', 'cfext/learner.py'),
                                'cfext.learner._check_ratings': ('learner.html#_check_ratings', 'cfext/learner.py'),

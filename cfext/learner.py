@@ -10,7 +10,7 @@ import inspect,re,warnings
 from operator import attrgetter
 from threading import Lock,current_thread,main_thread
 
-import cloudpickle,numpy as np,pandas as pd
+import numpy as np,pandas as pd
 import torch
 from torch import nn
 from fastai.collab import *
@@ -79,10 +79,12 @@ class CFLearner(Learner):
             if _acts(cb, event_name) or event_name=='after_fit' or type(cb).__call__ is not Callback.__call__: cb(event_name)
 
 # %% ../nbs/06_learner.ipynb #710093d1
+class _NothingToTrain(ValueError): "A learner without a parameter to train was to make an optimizer"
+
 @patch
 def create_opt(self:CFLearner):
     "As `Learner.create_opt`, or raise if there is nothing to train"
-    if not any(p.requires_grad for p in self.model.parameters()): raise ValueError(f"{type(self.model).__name__} has nothing to train: its parameters are frozen, or it is a closed form and fitted already")
+    if not any(p.requires_grad for p in self.model.parameters()): raise _NothingToTrain(f"{type(self.model).__name__} has nothing to train: its parameters are frozen, or it is a closed form and fitted already")
     super(CFLearner, self).create_opt()
 
 @patch
@@ -204,14 +206,11 @@ def summary(self:CFLearner):
     return PrettyString(res)
 
 @patch
-def export(self:CFLearner, fname='export.pkl', pickle_module=cloudpickle, pickle_protocol=2):
+def export(self:CFLearner, fname='export.pkl', **kwargs):
     "As `Learner.export`, also of a model that has nothing to train"
-    if any(p.requires_grad for p in self.model.parameters()): return super(CFLearner, self).export(fname, pickle_module, pickle_protocol)
-    self._end_cleanup()
     dls = self.dls
-    try:
-        self.dls,self.opt = dls.new_empty(),None
-        torch.save(self, self.path/fname, pickle_module=pickle_module, pickle_protocol=pickle_protocol)
+    try: super(CFLearner, self).export(fname, **kwargs)
+    except _NothingToTrain: pass # the file is written, and there is no optimizer to make anew
     finally: self.dls = dls
 
 # %% ../nbs/06_learner.ipynb #87d9efc4

@@ -22,6 +22,7 @@ from .data import *
 from .losses import *
 from .learner import *
 from .metrics import *
+from .newcomers import _loaders_like
 from .evaluation import *
 
 # %% ../nbs/10e_tuning.ipynb #1cf94ec4
@@ -95,6 +96,7 @@ def _fit(make, dls, params, epochs, seed, metrics=(), cbs=None):
     "A learner made and fitted with `params`"
     kw = {k:v for k,v in params.items() if k not in ('epochs','lr','wd')}
     if 'seed' in inspect.signature(make).parameters: kw.setdefault('seed', seed)
+    dls = _loaders_like(dls, [dl.dataset for dl in dls.loaders])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         learn = make(dls, **kw)

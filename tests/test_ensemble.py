@@ -640,11 +640,11 @@ def test_unknown_users_of_members_that_answer_by_the_mean():
     assert np.allclose(got, sum(want)[got.index]/2, atol=1e-5)
 
 def test_weights_of_classifiers_from_a_frame_of_labels():
-    from fastai.tabular.all import Categorify,CategoryBlock,Normalize,TabularDataLoaders,tabular_learner
+    from fastai.tabular.all import Categorify,Normalize,TabularDataLoaders,tabular_learner
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(c=rng.choice(list('abc'), 300), v=rng.normal(size=300)))
-    df['label'] = np.where(df.v+(df.c=='a')>0.3, 'yes', 'no')
-    dls = TabularDataLoaders.from_df(df.head(200), procs=[Categorify,Normalize], cat_names=['c'], cont_names=['v'], y_names='label', y_block=CategoryBlock(), valid_idx=list(range(150, 200)), bs=50, device='cpu')
+    df = pd.DataFrame(dict(kind=rng.choice(list('abc'), 300), v=rng.normal(size=300)))
+    df['label'] = np.where(df.v+(df.kind=='a')>0.3, 'yes', 'no')
+    dls = TabularDataLoaders.from_df(df.head(200), procs=[Categorify,Normalize], cat_names=['kind'], cont_names=['v'], y_names='label', valid_idx=list(range(150, 200)), bs=50, device='cpu')
     learns = [tabular_learner(dls, layers=[4]) for _ in range(2)]
     with learns[1].no_bar(),learns[1].no_logging(): learns[1].fit(15, 0.05)
     late = df.iloc[200:].reset_index(drop=True)

@@ -108,3 +108,10 @@ def test_the_rmse_of_every_trial_is_a_root(dls):
     for o in t.study.trials:
         assert o.value==pytest.approx(o.intermediate_values[max(o.intermediate_values)])
         assert o.value<4, 'the squared error of such a fit is above 5'
+
+def test_trials_of_one_setting_are_the_same():
+    "Loaders with a seed go on in their order from fit to fit; trials do not"
+    from cfext.tuning import _fit
+    dls = CFDataLoaders.from_df(synth_ratings(40, 30, 500, seed=3), seed=5, device='cpu')
+    a,b = (_fit(lambda dls,seed: cf_learner(dls, n_factors=3, seed=seed), dls, {}, 1, 0) for _ in range(2))
+    assert torch.equal(a.model.item_factors, b.model.item_factors)
