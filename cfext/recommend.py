@@ -339,6 +339,8 @@ def recommend(self:CFLearner,
 )->pd.DataFrame: # columns user, rank (from 1), item, score; best first, users in the order asked
     "Recommend the `k` best items for each user"
     ids = _asked(self.dls, users)
+    if exclude_seen and exclude is None and not (len(self.dls.train_ds) or len(self.dls.valid_ds)):
+        warnings.warn("the learner has no rows, so that nothing is left out as seen: pass what is to be left out as `exclude`, or exclude_seen=False", stacklevel=2)
     res = _lists(self, ids, check_pos(k, 'k'), exclude_seen, candidates, exclude, unk, diversity, bar and hasattr(self, 'progress'))
     return lists_frame(self.dls, ids, *res)
 

@@ -1,5 +1,5 @@
 "Bundles: the same predictions, whole or not at all, no code from the file"
-import ast,json,os,pickle,subprocess,sys
+import ast,json,os,pickle,subprocess,sys,warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -318,3 +318,12 @@ def test_a_name_that_is_too_long_leaves_nothing(tmp_path):
     with pytest.raises(OSError):
         with whole_file(tmp_path/('n'*256)) as f: f.write_text('x')
     assert list(tmp_path.iterdir())==[]
+
+def test_lists_of_a_bundle_without_rows_say_so(tmp_path):
+    learn = load_bundle(make().save_bundle(tmp_path/'b', history=False), device='cpu')
+    user = learn.dls.classes[learn.dls.user_name].ids[0]
+    with pytest.warns(UserWarning, match='no rows, so that nothing is left out as seen'): learn.recommend([user], 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.recommend([user], 3, exclude_seen=False)
+        learn.recommend([user], 3, exclude=learn.dls.classes[learn.dls.item_name].ids[:2])
