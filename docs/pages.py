@@ -62,9 +62,10 @@ def esc(s):
     parts = re.split(r'(`[^`]*`)', s)
     return ''.join(p if i%2 else re.sub(r'([*_\[\]$<>{}|\\])', r'\\\1', p) for i,p in enumerate(parts))
 
-def code(s):
-    "A code span for a table"
-    s = ' '.join(s.split()).replace('|', r'\|')
+def code(s, cell=True):
+    "A code span, in a cell of a table or elsewhere"
+    s = ' '.join(s.split())
+    if cell: s = s.replace('|', r'\|')
     return f'`{s}`' if s and '`' not in s else f'`` {s} ``' if s else ''
 
 def _cell_text(s, link): return link(re.sub(r'(`[^`]*`)', lambda m: m[0].replace('|', r'\|'), esc(s)))
@@ -83,7 +84,7 @@ def sym_md(s, link, fence=6, shown=()):
         for p in s.params: out.append('| '+' | '.join([code(p.name), *[code(getattr(p, c)) for c in cols], _cell_text(p.doc, link)])+' |')
         out.append('')
     if s.more: out += [f'Further keyword arguments go to {link(f"`{s.more}`")}.', '']
-    if s.ret and (s.ret.doc or s.ret.anno) and s.ret.anno!='None': out += [f'**Returns** {code(s.ret.anno)} {link(esc(s.ret.doc))}', '']
+    if s.ret and (s.ret.doc or s.ret.anno) and s.ret.anno!='None': out += [f'**Returns** {code(s.ret.anno, cell=False)} {link(esc(s.ret.doc))}', '']
     if s.raises: out += ['**Raises**', '', *[f'- `{n}`' + (f': {esc(m)}' if m else '') for n,m in s.raises], '']
     for m in s.methods: out += ['', sym_md(m, link, fence-1), '']
     return '\n'.join(out + [ticks])

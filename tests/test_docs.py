@@ -95,6 +95,9 @@ def test_arguments_returns_and_errors_are_told(site):
         part = text[text.index(f'id="cfext.{name}"'):]
         part = part[:part.index('<dl class="py')]
         for o in words: assert o in part, (name, o)
+    for page in pages(site): # what a table's cell needs stays there
+        text = page.read_text(encoding='utf-8')
+        assert r'<span class="pre">\|</span>' not in text, page
 
 def test_links_within_the_site_lead_somewhere(site):
     text = {p: p.read_text(encoding='utf-8') for p in pages(site)}
