@@ -189,6 +189,7 @@ def _split_mask(df, splitter, valid_pct, seed):
         g = None if seed is None else torch.Generator().manual_seed(seed)
         if int(valid_pct*n): train[torch.randperm(n, generator=g)[:int(valid_pct*n)].numpy()] = False
         return train,~train
+    if not callable(splitter): raise TypeError(f"`splitter`={str(splitter)[:60]!r} should be a function of the frame, such as `TimeSplitter()`")
     parts = splitter(df)
     n_parts = len(parts := list(parts)) if is_iter(parts) and not isinstance(parts, (pd.DataFrame,str)) else 1
     if n_parts!=2: raise ValueError("`splitter` should give two parts, the rows to train on and those held out, as row numbers or masks"

@@ -142,7 +142,8 @@ def test_bad_frames(df):
            (dict(dups='none'), ValueError, "`dups`='none'"), (dict(unk='none'), ValueError, "`unk`='none'"),
            (dict(rating_name='title'), TypeError, "`rating_name`='title' should hold numbers"),
            (dict(item_name='user'), ValueError, 'should be three columns'), (dict(weight_name='w'), ValueError, "`weight_name`='w'"),
-           (dict(splitter=lambda o: ([0,1,2],[2,3])), ValueError, '1 rows into both')]
+           (dict(splitter=lambda o: ([0,1,2],[2,3])), ValueError, '1 rows into both'),
+           (dict(splitter='random'), TypeError, "`splitter`='random' should be a function of the frame")]
     for kw,err,msg in bad:
         with pytest.raises(err, match=msg): loaders(df, **kw)
     for d,msg in ((df[:0], 'the frame has 0 rows'), (df[df.user==1], "`user_name`='user' holds a single id, 1"), (df[df.item==1], "`item_name`"),
