@@ -57,12 +57,14 @@ def _target(learn):
     vocab = None if isinstance(dls, CFDataLoaders) else getattr(dls, 'vocab', None)
     return dict(target=None if names is None else list(names), classes=None if vocab is None else str(vocab) if not hasattr(vocab, 'ids') else vocab.ids.tolist())
 
-def _check_same_target(members):
-    "Raise if members say that they predict different things"
+def _check_same_target(members, lists=False):
+    "Raise if members say that they predict different things; for `lists` ratings and interactions without ratings are the same"
     (n0,m0),*rest = members.items()
     for n,m in rest:
         for (k,a),b in zip(_target(m0).items(), _target(m).values()):
-            if None not in (a,b) and a!=b: raise ValueError(f"member {n!r} has another {k} ({b}) than member {n0!r} ({a})")
+            if None in (a,b) or a==b or lists and [] in (a,b): continue
+            mend = ": their lists can be merged, by method='rank'" if [] in (a,b) else ''
+            raise ValueError(f"member {n!r} has another {k} ({b}) than member {n0!r} ({a}){mend}")
 
 # %% ../nbs/14c_ensemble.ipynb #5a8e5c0e
 def check_weights(
@@ -97,7 +99,7 @@ class Ensemble:
         check_choice(method, 'method', mergers)
         if clip is not None and not (len(clip)==2 and clip[0]<clip[1]): raise ValueError(f"`clip`={clip!r} should be (low, high) with low < high")
         self.members = _members(members, 'cpu' if in_turn else device)
-        _check_same_target(self.members)
+        _check_same_target(self.members, lists=method=='rank')
         self.weights = check_weights(weights, list(self.members))
         if kind is None: kind = 'softmax' if _nexts(self.first) else _out_kind(self.first.loss_func)[0]
         store_attr('method,clip,kind,device,in_turn')
@@ -144,7 +146,7 @@ def _in_turn(self:Ensemble, learn):
 def _held_out(learn, ds_idx):
     "A learner's rows in the caller's ids, or None"
     ds = getattr(learn.dls[ds_idx], 'dataset', None)
-    return ds.frame((ds.x, ds.y)) if isinstance(ds, Ratings) else None
+    return ds.frame((ds.x, ds.y) if ds.rating_name else (ds.x,)) if isinstance(ds, Ratings) else None
 
 def _same_rows(n0, frame0, n, frame, arg='rows'):
     "Order of `frame`'s rows that makes them those of `frame0`, or raise"
@@ -155,7 +157,7 @@ def _same_rows(n0, frame0, n, frame, arg='rows'):
         a,b = (pd.MultiIndex.from_frame(f.assign(nth=f.groupby(list(f)).cumcount())) for f in (a, b))
         return np.arange(len(a)) if a.equals(b) else b.get_indexer(a)
     if (_at(2)<0).any(): raise ValueError(f"member {n!r} holds out other rows than member {n0!r}: pass `{arg}`")
-    if ((idx := _at(3))<0).any(): raise ValueError(f"member {n!r} has other targets than member {n0!r} for the same rows")
+    if ((idx := _at(min(3, frame0.shape[1], frame.shape[1])))<0).any(): raise ValueError(f"member {n!r} has other targets than member {n0!r} for the same rows")
     return idx
 
 # %% ../nbs/14c_ensemble.ipynb #6b62c4e5

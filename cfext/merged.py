@@ -8,6 +8,7 @@ __all__ = ['MergedModel', 'NextItem']
 # %% ../nbs/14a_merged.ipynb #1252cd42
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from .ids import *
 from .data import *
@@ -43,7 +44,7 @@ class MergedModel(CFModel):
     def score_items(self, users):
         score = lambda m,us,i: (m.score_items(us) if hasattr(m, 'score_items') else score_by_forward(m, us, int(i.max())+1))[:,i]
         each = (self._run(m, score, u[users], i) for m,u,i in zip(self.models, self.users, self.items))
-        return self.merge(s.T for s in each).T if self.ranks else self.merge(each)
+        return F.pad(self.merge(s[:,1:].T for s in each).T, (1,0)) if self.ranks else self.merge(each) # the unknown row takes no rank
     def mean_row(self):
         "Return the model in which each member answers for an unknown user or item by the mean of those that it knows"
         models = [m if isinstance(m, NextItem) else mean_unknown(m) for m in self.models]

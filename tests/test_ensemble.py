@@ -539,6 +539,23 @@ def test_ranks_are_no_ratings(df, members):
         with pytest.raises(ValueError, match="method='rank' gives ranks, .*`recommend` and `evaluate`.*method='mean'"): f()
     assert len(ens.recommend(7, k=4))==4
 
+def test_ratings_and_clicks_make_lists_together(df, members):
+    "By ranks, whichever comes first; held-out rows are compared by their pairs"
+    dls = CFDataLoaders.from_df(df, item_name='title', rating_name=None, splitter=lambda o: fold_rows(o, 4)[0], device='cpu')
+    clicks = cf_learner(dls, n_factors=4, loss_func=BPRLoss(), seed=1)
+    with clicks.no_bar(),clicks.no_logging(): clicks.fit(1)
+    with pytest.raises(ValueError, match=r"another target \(\[\]\).*by method='rank'"): Ensemble([members[0],clicks])
+    for ms in ([members[0],clicks],[clicks,members[0]]):
+        ens = Ensemble(ms, method='rank')
+        ranks = [pd.Series(l.model.score_items(l.dls.classes['user'].encode([7]).astype(int))[0,1:].detach().numpy(), l.dls.classes['title'].ids).rank() for l in ms]
+        total = ranks[0].add(ranks[1], fill_value=0)
+        got = ens.recommend(7, k=5, exclude_seen=False).title
+        both = total[ranks[0].index.intersection(ranks[1].index)]
+        assert both[got].tolist()==pytest.approx(both.nlargest(5).tolist())
+        rep = ens.evaluate(5)
+        assert 0<rep.loc['MergedModel','NDCG@5']<=1 and 'popularity' in rep.index
+        with pytest.raises(ValueError, match='ranks'): ens.predict(df[:3])
+
 def test_stack_of_members(df, members):
     ens = Ensemble(members, clip=(1,5))
     b = ens.fit_stack(how='nnls', n_boot=5)
