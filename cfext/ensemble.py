@@ -8,6 +8,7 @@ __all__ = ['check_weights', 'Ensemble', 'load_ensemble']
 # %% ../nbs/14c_ensemble.ipynb #0b98c5d7
 import json,re,shutil
 from contextlib import contextmanager
+from copy import copy
 from uuid import uuid4
 
 import numpy as np,pandas as pd
@@ -287,13 +288,13 @@ def validate(self:Ensemble,
     if _nexts(learn):
         if y is None: raise ValueError("histories have no targets: leave `rows` out")
         return L(float(-p[torch.arange(len(p)),y].log().mean()))
-    dl = learn.dls[1].new(shuffle=False, drop_last=False) if rows is None else learn.dls.test_dl(rows, with_labels=True)
-    model,mets = learn.model,learn.metrics
+    dl,mets = learn.dls[1].new(shuffle=False, drop_last=False) if rows is None else learn.dls.test_dl(rows, with_labels=True),learn.metrics
     vals = self._list_values([m for m in mets if isinstance(m, ListMetric)], rows) if any(isinstance(m, ListMetric) for m in mets) else {}
-    try:
-        learn.model,learn.metrics = _Said(_to_raw(p, _out_kind(learn.loss_func)[0]), learn.dls.device),[m for m in mets if m not in vals]
-        with learn.no_bar(),learn.no_logging(): loss,*rest = learn.validate(dl=dl)
-    finally: learn.model,learn.metrics = model,mets
+    p = _to_raw(p, _out_kind(learn.loss_func)[0])
+    if hasattr(dl, 'get_idxs'): p = p[torch.as_tensor(dl.get_idxs()).cpu()] # in the loader's order, such as by length
+    cbs = [copy(cb) for cb in learn.cbs if isinstance(cb, RowWeights)] # no others, which may look into a model
+    judge = Learner(learn.dls, _Said(p, learn.dls.device), loss_func=learn.loss_func, metrics=[m for m in mets if m not in vals], cbs=cbs)
+    with judge.no_bar(),judge.no_logging(): loss,*rest = judge.validate(dl=dl)
     return L(loss, *[vals[m] if m in vals else rest.pop(0) for m in mets])
 
 # %% ../nbs/14c_ensemble.ipynb #9010c46e

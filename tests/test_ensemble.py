@@ -623,6 +623,36 @@ def test_an_ensemble_of_one_is_judged_as_its_member():
             pd.testing.assert_frame_equal(pd.DataFrame(a).reset_index(drop=True), pd.DataFrame(b).reset_index(drop=True), rtol=1e-4)
             assert (a.counts.sort_index()==b.counts.sort_index()).all()
 
+def test_a_validation_leaves_the_members_records_and_needs_none_of_their_callbacks():
+    df = synth_ratings(60, 40, 1000, seed=3)
+    late = synth_ratings(80, 40, 1200, seed=5).tail(90)
+    learn = cf_learner(CFDataLoaders.from_df(df, seed=5, device='cpu', unk='mean'), n_factors=4, y_range=(.5,5.5), seed=0, cbs=TTA([*identity_views(), *noise_views(n=1)]))
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.02)
+    values = [list(o) for o in learn.recorder.values]
+    ens = Ensemble([learn])
+    ens.validate()
+    with pytest.warns(UserWarning, match="answered by unk='mean'"): got,pred = ens.validate(late)[0],ens.predict(late)[1][:,0]
+    assert got==pytest.approx(((pred-torch.tensor(late.rating.to_numpy()))**2).mean().item(), rel=1e-4)
+    assert [list(o) for o in learn.recorder.values]==values
+
+def test_classifiers_of_texts_are_judged_row_by_row():
+    "Their loaders sort rows by length, and their callbacks look into the model"
+    from fastai.text.all import AWD_LSTM,TextDataLoaders,accuracy,awd_lstm_clas_config,text_classifier_learner
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(text=[' '.join(rng.choice(list('abcdefgh'), rng.integers(3, 30))) for _ in range(90)]))
+    df['label'] = np.where(df.text.str.count('a')>2, 'many', 'few')
+    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', seed=1, bs=16, device='cpu')
+    torch.manual_seed(0)
+    small = {**awd_lstm_clas_config, 'n_hid':12, 'emb_sz':8, 'n_layers':1}
+    learns = [text_classifier_learner(dls, AWD_LSTM, config=small, pretrained=False, metrics=accuracy) for _ in range(2)]
+    with learns[0].no_bar(),learns[0].no_logging(): learns[0].fit(1, 0.05)
+    ens = Ensemble(learns)
+    for rows in (None, df.head(25)):
+        p = ens.get_preds(rows)[0]
+        y = ens.get_preds()[1] if rows is None else torch.tensor([list(dls.vocab[1]).index(o) for o in rows.label])
+        want = [float(-p[torch.arange(len(p)),y].log().mean()), float((p.argmax(1)==y).float().mean())]
+        assert list(ens.validate(rows))==pytest.approx(want, rel=1e-4)
+
 def test_reports_of_several_members_stand_beside_the_means_of_their_rows():
     df = synth_ratings(60, 40, 1100, seed=3)
     old,late = df.iloc[:1000],df.iloc[1000:]
