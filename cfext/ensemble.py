@@ -274,7 +274,9 @@ def _list_values(self:Ensemble, mets, rows):
     for m in mets:
         m.reset()
         m.accumulate(learn)
-    return {m: m.value for m in mets}
+    vals = {m: m.value for m in mets}
+    for m in mets: m.reset() # or they would keep all members
+    return vals
 
 @patch
 def validate(self:Ensemble,

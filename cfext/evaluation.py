@@ -341,7 +341,7 @@ def compare(self:CFLearner,
 class _Lists:
     "The hits of the validation users' lists, made once for all measures of an epoch"
     def __init__(self, k, n_users, seed, seen='train'): self.k,self.n_users,self.seed,self.seen = k,n_users,seed,seen
-    def reset(self): self.xs,self.hits = [],None
+    def reset(self): self.learn,self.xs,self.hits = None,[],None
     def add(self, learn, x):
         self.learn = learn
         self.xs.append(x)

@@ -635,6 +635,16 @@ def test_a_validation_leaves_the_members_records_and_needs_none_of_their_callbac
     assert got==pytest.approx(((pred-torch.tensor(late.rating.to_numpy()))**2).mean().item(), rel=1e-4)
     assert [list(o) for o in learn.recorder.values]==values
 
+def test_metrics_of_lists_keep_no_other_members(tmp_path):
+    "An export of the first member would hold the rows and models of all"
+    df = synth_ratings(60, 40, 1000, seed=3)
+    learns = [cf_learner(CFDataLoaders.from_df(df, seed=5, device='cpu'), n_factors=4, seed=s, path=tmp_path, metrics=list_metrics(k=3)) for s in (0,1)]
+    def size():
+        learns[0].export('one.pkl')
+        return (tmp_path/'one.pkl').stat().st_size
+    before = size()
+    assert len(Ensemble(learns).validate())==3 and size()<1.2*before
+
 def test_classifiers_of_texts_are_judged_row_by_row():
     "Their loaders sort rows by length, and their callbacks look into the model"
     from fastai.text.all import AWD_LSTM,TextDataLoaders,accuracy,awd_lstm_clas_config,text_classifier_learner
