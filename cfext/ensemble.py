@@ -190,6 +190,7 @@ def _each(self:Ensemble, rows=None, ds_idx=1, unk=None):
     n0,l0,frame0,targs0 = first(self.members),self.first,None,None
     for n,learn in self.members.items():
         if _nexts(learn)!=_nexts(l0): raise ValueError(f"one of {n0!r} and {n!r} predicts what comes next, the other does not: they can make lists together, by `recommend` with method='rank'")
+        if rows is None and (len(learn.dls.loaders)<=ds_idx or not len(learn.dls[ds_idx].dataset)): raise ValueError(f"member {n!r} has no {'validation' if ds_idx else 'training'} rows: pass `rows`")
         p,t = self._ask(learn, rows, ds_idx, unk)
         if rows is None:
             frame = _held_out(learn, ds_idx)

@@ -645,6 +645,14 @@ def test_metrics_of_lists_keep_no_other_members(tmp_path):
     before = size()
     assert len(Ensemble(learns).validate())==3 and size()<1.2*before
 
+def test_members_without_validation_rows_are_named(tmp_path):
+    df = synth_ratings(60, 40, 1000, seed=3)
+    learn = cf_learner(CFDataLoaders.from_df(df, seed=5, device='cpu'), n_factors=4, seed=0)
+    ens = Ensemble([load_bundle(learn.save_bundle(tmp_path/'b', history=False), device='cpu')])
+    for f in (ens.validate, ens.get_preds, ens.fit_weights):
+        with pytest.raises(ValueError, match="member 'm0' has no validation rows: pass `rows`"): f()
+    assert len(ens.validate(df.head(9)))==1
+
 def test_classifiers_of_texts_are_judged_row_by_row():
     "Their loaders sort rows by length, and their callbacks look into the model"
     from fastai.text.all import AWD_LSTM,TextDataLoaders,accuracy,awd_lstm_clas_config,text_classifier_learner
