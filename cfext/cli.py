@@ -231,7 +231,9 @@ def _recommend(
 ):
     "Print the best items for a user"
     learn = _open(bundle)
-    df = learn.recommend([_the_id(learn, 'user', user)], k=K, exclude_seen=not seen)
+    ids,rows = [_the_id(learn, 'user', user)],len(learn.dls.train_ds)
+    if not (seen or rows): warnings.warn(f"{bundle} was saved without its rows, so that what the user has rated may be listed too; with --seen that is meant")
+    df = learn.recommend(ids, k=K, exclude_seen=not seen and rows>0)
     print(df.round(3).to_string(index=False) if len(df) else 'nothing is left to recommend; --seen lists what the user has rated too')
 
 # %% ../nbs/16_cli.ipynb #f6ff4a2d

@@ -8,6 +8,7 @@ __all__ = ['check_weights', 'Ensemble', 'load_ensemble']
 # %% ../nbs/14c_ensemble.ipynb #0b98c5d7
 import json,re,shutil
 from contextlib import contextmanager
+from copy import copy
 from uuid import uuid4
 
 import numpy as np,pandas as pd
@@ -191,6 +192,7 @@ def _each(self:Ensemble, rows=None, ds_idx=1, unk=None):
     n0,l0,frame0,targs0 = first(self.members),self.first,None,None
     for n,learn in self.members.items():
         if _nexts(learn)!=_nexts(l0): raise ValueError(f"one of {n0!r} and {n!r} predicts what comes next, the other does not: they can make lists together, by `recommend` with method='rank'")
+        if rows is None and (len(learn.dls.loaders)<=ds_idx or not len(learn.dls[ds_idx].dataset)): raise ValueError(f"member {n!r} has no {'validation' if ds_idx else 'training'} rows: pass `rows`")
         p,t = self._ask(learn, rows, ds_idx, unk)
         if rows is None:
             frame = _held_out(learn, ds_idx)
@@ -275,7 +277,9 @@ def _list_values(self:Ensemble, mets, rows):
     for m in mets:
         m.reset()
         m.accumulate(learn)
-    return {m: m.value for m in mets}
+    vals = {m: m.value for m in mets}
+    for m in mets: m.reset() # or they would keep all members
+    return vals
 
 @patch
 def validate(self:Ensemble,
@@ -289,13 +293,13 @@ def validate(self:Ensemble,
     if _nexts(learn):
         if y is None: raise ValueError("histories have no targets: leave `rows` out")
         return L(float(-p[torch.arange(len(p)),y].log().mean()))
-    dl = learn.dls[1].new(shuffle=False, drop_last=False) if rows is None else learn.dls.test_dl(rows, with_labels=True)
-    model,mets = learn.model,learn.metrics
+    dl,mets = learn.dls[1].new(shuffle=False, drop_last=False) if rows is None else learn.dls.test_dl(rows, with_labels=True),learn.metrics
     vals = self._list_values([m for m in mets if isinstance(m, ListMetric)], rows) if any(isinstance(m, ListMetric) for m in mets) else {}
-    try:
-        learn.model,learn.metrics = _Said(_to_raw(p, _out_kind(learn.loss_func)[0]), learn.dls.device),[m for m in mets if m not in vals]
-        with learn.no_bar(),learn.no_logging(): loss,*rest = learn.validate(dl=dl)
-    finally: learn.model,learn.metrics = model,mets
+    p = _to_raw(p, _out_kind(learn.loss_func)[0])
+    if hasattr(dl, 'get_idxs'): p = p[torch.as_tensor(dl.get_idxs()).cpu()] # in the loader's order, such as by length
+    cbs = [copy(cb) for cb in learn.cbs if isinstance(cb, RowWeights)] # no others, which may look into a model
+    judge = Learner(learn.dls, _Said(p, learn.dls.device), loss_func=learn.loss_func, metrics=[m for m in mets if m not in vals], cbs=cbs)
+    with judge.no_bar(),judge.no_logging(): loss,*rest = judge.validate(dl=dl)
     return L(loss, *[vals[m] if m in vals else rest.pop(0) for m in mets])
 
 # %% ../nbs/14c_ensemble.ipynb #9010c46e

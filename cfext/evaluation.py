@@ -273,7 +273,7 @@ def evaluate(self:CFLearner,
     x,y,seen,left = _split_rows(self, split)
     held = HeldOut(dls, x, seen if exclude_seen else None)
     kw,ranked,suffix = _protocol(self, held, seen if exclude_seen else None, candidates, n_sampled, seed)
-    if not len(dls.train_ds): ranked += ' (none: the learner has no rows, so that means and popularity are not there either)'
+    if not len(dls.train_ds): ranked += ' (the learner has no rows: nothing counts as seen, and means and popularity are left out)'
     rates = getattr(self.model, 'rates', True) and not isinstance(self.loss_func, RankingLoss)
     res = _rating_report(self, x, y, None if isinstance(split, str) else dls.unk) if rates and y is not None else pd.DataFrame(index=[name])
     counts = {**held.counts, **left}
@@ -341,7 +341,7 @@ def compare(self:CFLearner,
 class _Lists:
     "The hits of the validation users' lists, made once for all measures of an epoch"
     def __init__(self, k, n_users, seed, seen='train'): self.k,self.n_users,self.seed,self.seen = k,n_users,seed,seen
-    def reset(self): self.xs,self.hits = [],None
+    def reset(self): self.learn,self.xs,self.hits = None,[],None
     def add(self, learn, x):
         self.learn = learn
         self.xs.append(x)

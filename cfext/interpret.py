@@ -107,7 +107,7 @@ def show_biases(
 ): # array of the two axes
     "Draw the lowest and highest biases with their counts, and all of them against the plain mean"
     df = biases(learn, col, min_count)
-    if k is None: k = min(8, len(df)//2)
+    if k is None: k = max(1, min(8, len(df)//2))
     if 2*check_pos(k, 'k')>len(df): raise ValueError(f"`k`={k} lowest and highest need {2*k} categories, there are {len(df)} with `min_count`={min_count}")
     ends,name = pd.concat([df.head(k), df.tail(k)]),df.columns[0]
     if axs is None: axs = plt.subplots(1, 2, figsize=(12,.6+.26*2*k), layout='constrained')[1]
@@ -186,7 +186,7 @@ def describe_axes(
     "Describe the principal axes of a column's table by the categories at their ends"
     v = cat_view(learn, col)
     keep = np.argsort(-v.count, kind='stable')[:None if top is None else check_pos(top, 'top', 2)]
-    if k is None: k = min(4, len(keep)//2)
+    if k is None: k = max(1, min(4, len(keep)//2))
     if 2*check_pos(k, 'k')>len(keep): raise ValueError(f"`k`={k} names at each end need {2*k} of {v.col}, there are {len(keep)}")
     scores,share = pca_axes(v.table[keep], min(3, len(keep)-1, v.table.shape[1]) if n_axes is None else n_axes)
     r = lambda a,s: np.nan if a is None or np.nanstd(a)==0 else pd.Series(np.asarray(a, float)).corr(pd.Series(s))
@@ -210,7 +210,7 @@ def nearest(
     ids = [ids] if isinstance(ids, str) or not hasattr(ids, '__iter__') else list(ids)
     code = pd.Index(v.ids).get_indexer(ids)
     if (code<0).any(): raise UnknownIdError(v.col, [o for o,c in zip(ids, code) if c<0], f'it should be a value of {v.col}, such as {v.ids[0]!r}')
-    if k is None: k = min(10, len(v)-1)
+    if k is None: k = max(1, min(10, len(v)-1))
     if check_pos(k, 'k')>len(v)-1: raise ValueError(f"`k`={k}, but there are only {len(v)-1} others of {v.col}")
     t = v.table/np.maximum(np.linalg.norm(v.table, axis=1, keepdims=True), 1e-12) if how=='cosine' else v.table
     sim = t[code]@t.T if how!='euclid' else -np.linalg.norm(t[code][:,None]-t, axis=2)

@@ -44,6 +44,7 @@ def recommend_to(self:CFLearner,
         for a in progress_bar(cuts, leave=False) if bar and len(cuts)>1 and hasattr(self, 'progress') else cuts:
             with warnings.catch_warnings():
                 warnings.filterwarnings('ignore', message='.*lists hold fewer than')
+                if a: warnings.filterwarnings('ignore', message='the learner has no rows') # said of the first chunk
                 df = self.recommend(ids[a:a+chunk], k, bar=False, **kwargs)
             short += len(ids[a:a+chunk])-int((df['rank']==k).sum())
             writer.write_table(pa.Table.from_pandas(df, schema, preserve_index=False))

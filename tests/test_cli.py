@@ -94,7 +94,11 @@ def test_unknown_ids_and_a_bundle_without_rows(fitted, tmp_path, capsys):
         assert 'without its rows' in (err := capsys.readouterr().err) and f'--{role}' in err
     assert main(['evaluate', str(bare)])==2 and '--valid-pct' in capsys.readouterr().err
     for cmd in ('evaluate','recommend','similar'): assert main([cmd, '/nowhere'])==2 and '`cfext fit DATA --out /nowhere` writes one' in capsys.readouterr().err
-    assert main(['recommend', str(bare), '--user', '7'])==0
+    warnings.simplefilter('always')
+    for args,told in (([],1), (['--seen'],0)):
+        assert main(['recommend', str(bare), '--user', '7', *args])==0
+        err = capsys.readouterr().err
+        assert (err.count('--seen'),err.count('exclude'),len(err.splitlines()))==(told,0,told)
 
 def test_nothing_held_out_and_a_fit_that_diverges(tmp_path, capsys):
     "Everything is written without held-out rows; a diverged fit leaves what was there"

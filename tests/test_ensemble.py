@@ -640,6 +640,54 @@ def test_an_ensemble_of_one_is_judged_as_its_member():
             pd.testing.assert_frame_equal(pd.DataFrame(a).reset_index(drop=True), pd.DataFrame(b).reset_index(drop=True), rtol=1e-4)
             assert (a.counts.sort_index()==b.counts.sort_index()).all()
 
+def test_a_validation_leaves_the_members_records_and_needs_none_of_their_callbacks():
+    df = synth_ratings(60, 40, 1000, seed=3)
+    late = synth_ratings(80, 40, 1200, seed=5).tail(90)
+    learn = cf_learner(CFDataLoaders.from_df(df, seed=5, device='cpu', unk='mean'), n_factors=4, y_range=(.5,5.5), seed=0, cbs=TTA([*identity_views(), *noise_views(n=1)]))
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.02)
+    values = [list(o) for o in learn.recorder.values]
+    ens = Ensemble([learn])
+    ens.validate()
+    with pytest.warns(UserWarning, match="answered by unk='mean'"): got,pred = ens.validate(late)[0],ens.predict(late)[1][:,0]
+    assert got==pytest.approx(((pred-torch.tensor(late.rating.to_numpy()))**2).mean().item(), rel=1e-4)
+    assert [list(o) for o in learn.recorder.values]==values
+
+def test_metrics_of_lists_keep_no_other_members(tmp_path):
+    "An export of the first member would hold the rows and models of all"
+    df = synth_ratings(60, 40, 1000, seed=3)
+    learns = [cf_learner(CFDataLoaders.from_df(df, seed=5, device='cpu'), n_factors=4, seed=s, path=tmp_path, metrics=list_metrics(k=3)) for s in (0,1)]
+    def size():
+        learns[0].export('one.pkl')
+        return (tmp_path/'one.pkl').stat().st_size
+    before = size()
+    assert len(Ensemble(learns).validate())==3 and size()<1.2*before
+
+def test_members_without_validation_rows_are_named(tmp_path):
+    df = synth_ratings(60, 40, 1000, seed=3)
+    learn = cf_learner(CFDataLoaders.from_df(df, seed=5, device='cpu'), n_factors=4, seed=0)
+    ens = Ensemble([load_bundle(learn.save_bundle(tmp_path/'b', history=False), device='cpu')])
+    for f in (ens.validate, ens.get_preds, ens.fit_weights):
+        with pytest.raises(ValueError, match="member 'm0' has no validation rows: pass `rows`"): f()
+    assert len(ens.validate(df.head(9)))==1
+
+def test_classifiers_of_texts_are_judged_row_by_row():
+    "Their loaders sort rows by length, and their callbacks look into the model"
+    from fastai.text.all import AWD_LSTM,TextDataLoaders,accuracy,awd_lstm_clas_config,text_classifier_learner
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(text=[' '.join(rng.choice(list('abcdefgh'), rng.integers(3, 30))) for _ in range(90)]))
+    df['label'] = np.where(df.text.str.count('a')>2, 'many', 'few')
+    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', seed=1, bs=16, device='cpu')
+    torch.manual_seed(0)
+    small = {**awd_lstm_clas_config, 'n_hid':12, 'emb_sz':8, 'n_layers':1}
+    learns = [text_classifier_learner(dls, AWD_LSTM, config=small, pretrained=False, metrics=accuracy) for _ in range(2)]
+    with learns[0].no_bar(),learns[0].no_logging(): learns[0].fit(1, 0.05)
+    ens = Ensemble(learns)
+    for rows in (None, df.head(25)):
+        p = ens.get_preds(rows)[0]
+        y = ens.get_preds()[1] if rows is None else torch.tensor([list(dls.vocab[1]).index(o) for o in rows.label])
+        want = [float(-p[torch.arange(len(p)),y].log().mean()), float((p.argmax(1)==y).float().mean())]
+        assert list(ens.validate(rows))==pytest.approx(want, rel=1e-4)
+
 def test_reports_of_several_members_stand_beside_the_means_of_their_rows():
     df = synth_ratings(60, 40, 1100, seed=3)
     old,late = df.iloc[:1000],df.iloc[1000:]

@@ -273,8 +273,10 @@ def test_reports_answer_for_unknown_users_as_predictions_do():
 def test_a_learner_without_rows_is_not_put_beside_what_needs_them(tmp_path):
     df = synth_ratings(60, 40, 1000, seed=3)
     learn = cf_learner(CFDataLoaders.from_df(df.iloc[:900], seed=0, device='cpu'), n_factors=4, y_range=(.5,5.5), seed=0)
-    rep = load_bundle(learn.save_bundle(tmp_path/'b', history=False), device='cpu').evaluate(split=df.iloc[900:], bar=False)
-    assert list(rep.index)==['DotProductBias'] and 'the learner has no rows' in rep.note
+    bare = load_bundle(learn.save_bundle(tmp_path/'b', history=False), device='cpu')
+    for kw in ({}, dict(exclude_seen=False), dict(n_sampled=5)):
+        rep = bare.evaluate(split=df.iloc[900:], bar=False, **kw)
+        assert list(rep.index)==['DotProductBias'] and 'the learner has no rows: nothing counts as seen' in rep.note
 
 def test_a_learner_beside_an_ensemble():
     df = synth_ratings(60, 40, 1000, seed=3)

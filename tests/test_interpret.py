@@ -399,6 +399,14 @@ def test_small_catalogues_and_what_is_no_rating():
         for f in (show_preds, show_errors, error_by_count):
             with pytest.raises(ValueError, match='no scale of ratings.*learn.evaluate'): f(l)
 
+def test_too_few_categories_are_told_where_k_was_left_open():
+    learn = cf_learner(CFDataLoaders.from_df(synth_ratings(60, 7, 200, seed=3), seed=0, device='cpu'), n_factors=3, seed=0)
+    with pytest.raises(ValueError, match='there are 0 with `min_count`=999'): show_biases(learn, min_count=999)
+    v = cat_view(learn)
+    one = CatView(v.col, v.ids[:1], v.names[:1], v.table[:1], v.bias[:1], v.count[:1], v.mean[:1])
+    with pytest.raises(ValueError, match='need 2 of item, there are 1'): describe_axes(one)
+    with pytest.raises(ValueError, match='only 0 others of item'): nearest(one, v.ids[0])
+
 def test_each_id_that_was_never_seen_counts():
     from cfext import ColdUserSplitter
     df = synth_ratings(60, 30, 700, seed=3)

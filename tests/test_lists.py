@@ -38,6 +38,12 @@ def test_short_lists_are_counted_once_and_no_users_make_an_empty_file(learn, tmp
     assert pd.read_parquet(path)['rank'].max()<=2
     assert len(pd.read_parquet(learn.recommend_to(tmp_path/'e.parquet', [])))==0
 
+def test_missing_rows_are_told_once_whatever_the_chunks(learn, tmp_path):
+    pytest.importorskip('pyarrow')
+    bare = load_bundle(learn.save_bundle(tmp_path/'b', history=False), device='cpu')
+    with pytest.warns(UserWarning) as ws: bare.recommend_to(tmp_path/'l.parquet', k=3, chunk=40)
+    assert ['nothing is left out as seen' in str(w.message) for w in ws]==[True]
+
 def test_what_is_read_once_is_kept_for_all_chunks(learn, tmp_path):
     pytest.importorskip('pyarrow')
     us,titles = (learn.dls.classes[n].ids for n in ('user','title'))
