@@ -177,8 +177,8 @@ class IALS(DotProduct):
     def __init__(self,
         dls:CFDataLoaders, # the loaders whose training rows count
         n_factors:int=64, # width of both tables
-        alpha0:float=0.1, # weight of all pairs, against 1 for the chosen
-        lam:float=0.003, # penalty
+        alpha0:float=0.3, # weight of all pairs, against 1 for the chosen
+        lam:float=0.01, # penalty
         nu:float=1., # power of the count that the penalty is scaled by: 0 the same for all rows, 1 by rows
         n_iter:int=16, # rounds, users and then items
         seed:int|None=0, # seed of the first items; None: torch's global generator

@@ -267,6 +267,13 @@ def emb_sizes(d):
                    f'{same} more come to the same widths as fastai\'s rule.')
     return v
 
+def closed_defaults(d):
+    v = View('Defaults of the closed forms')
+    now = {f'{n}, {o}' for n,o in (d.get('defaults') or {}).items()}
+    for s,res in (d.get('results') or {}).items():
+        v.parts.append(chart(rows(res, now), f'{s}: NDCG@10', 'NDCG@10', less=False, head='model', note='a dot a split; in bold the defaults'))
+    return v
+
 def char_rnn(d):
     v,r = View("The lesson's character networks"),at(d, 'rows') or {}
     mark = lambda n: {'printed':r[n]['printed']} if at(r, n, 'printed') else {}
@@ -335,7 +342,7 @@ def lightgcn_layout(d):
     return v
 
 views = dict(lesson=lesson, loaders=loaders, loop=loop, loop_cpu=loop, host_cpu=host, rows=rows_touched, rows_cpu=rows_touched, accumulate=accumulate, tta=tta, topk=topk, metrics_speed=metrics_speed,
-             bpr_speed=bpr_speed, ncf_ml1m=ncf_ml1m, ensembles_ml100k=ensembles_ml100k, features_10m=features_10m, features_ml100k=features_ml100k, rossmann=rossmann, emb_sizes=emb_sizes,
+             bpr_speed=bpr_speed, ncf_ml1m=ncf_ml1m, ensembles_ml100k=ensembles_ml100k, features_10m=features_10m, features_ml100k=features_ml100k, rossmann=rossmann, emb_sizes=emb_sizes, closed_defaults=closed_defaults,
              char_rnn=char_rnn, sasrec=sasrec, fit_many=fit_many, newcomers=newcomers, ranking_ml100k=ranking_ml100k, lightgcn_layout=lightgcn_layout, lightgcn_layout_synthetic=lightgcn_layout)
 
 def view(name, d):
