@@ -207,11 +207,11 @@ def summary(self:CFLearner):
 
 @patch
 def export(self:CFLearner, fname='export.pkl', **kwargs):
-    "As `Learner.export`, also of a model that has nothing to train"
-    dls = self.dls
+    "As `Learner.export`, also of a model that has nothing to train; the learner stays as it is"
+    dls,opt = self.dls,self.opt
     try: super(CFLearner, self).export(fname, **kwargs)
     except _NothingToTrain: pass # the file is written, and there is no optimizer to make anew
-    finally: self.dls = dls
+    finally: self.dls,self.opt = dls,opt
 
 # %% ../nbs/06_learner.ipynb #87d9efc4
 def as_cf_dls(

@@ -385,6 +385,15 @@ def test_export_still_works(df, tmp_path):
         again = load_learner(tmp_path/'m.pkl')
     assert torch.allclose(again.predict(df[:5], unk='na')[2], p)
 
+def test_an_export_leaves_the_learner_as_it_was(df, tmp_path):
+    learn = fitted(loaders(df, path=tmp_path), splitter=lambda m: [[m.user_factors,m.user_bias], [m.item_factors,m.item_bias]])
+    learn.freeze()
+    dls,opt = learn.dls,learn.opt
+    for fname in ('m.pkl', 'no such folder/m.pkl'):
+        try: learn.export(fname)
+        except RuntimeError: assert '/' in fname
+        assert learn.dls is dls and learn.opt is opt and opt.frozen_idx==1
+
 def test_what_cannot_be_trained_is_told_before_it_is():
     small,big = (CFDataLoaders.from_df(synth_ratings(n, 40, 600), item_name='title', seed=0, device='cpu') for n in (30,50))
     with pytest.raises(ValueError, match=r"`emb_szs` names 'usr'; the columns are 'user', 'title'"): cf_learner(small, 'nn', emb_szs={'usr':5})
