@@ -64,7 +64,8 @@ class RowWeights(Callback):
         w = getattr(self.dl, 'wb', None)
         if w is None or not len(self.yb): return
         with self.learn.loss_not_reduced(): loss = self.learn.loss_func(self.pred, *self.yb)
-        self.learn.loss_grad = (loss.reshape(len(w), -1).mean(1)*w/self.scale).mean()
+        rows = loss.reshape(len(w), -1).mean(1)*w/self.scale
+        self.learn.loss_grad = rows if self.learn.loss.ndim else rows.mean() # one a row where `get_preds(with_loss=True)` asks for them
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 

@@ -385,6 +385,19 @@ def test_export_still_works(df, tmp_path):
         again = load_learner(tmp_path/'m.pkl')
     assert torch.allclose(again.predict(df[:5], unk='na')[2], p)
 
+@pytest.mark.parametrize('fast', [None,False])
+@pytest.mark.parametrize('loss_func', [None,BPRLoss()])
+def test_losses_of_weighted_rows_are_one_a_row(df, fast, loss_func):
+    from fastai.interpret import Interpretation
+    learn = fitted(loaders(df.assign(w=1.+df.user%3), weight_name='w', unk='na'), fast=fast, loss_func=loss_func)
+    with learn.no_bar():
+        p,y,loss = learn.get_preds(with_loss=True)
+        assert loss.shape==y[:,0].shape and loss.mean().item()==pytest.approx(learn.validate()[0], rel=1e-5)
+        w = learn.dls.valid_ds.w/learn.dls.train_ds.w.mean()
+        if loss_func is None: assert torch.allclose(loss, ((p-y)**2)[:,0]*w, atol=1e-6)
+        top,at = Interpretation.from_learner(learn).top_losses(4)
+    assert torch.equal(loss[at], top) and top[0]==loss.max()
+
 def test_an_export_leaves_the_learner_as_it_was(df, tmp_path):
     learn = fitted(loaders(df, path=tmp_path), splitter=lambda m: [[m.user_factors,m.user_bias], [m.item_factors,m.item_bias]])
     learn.freeze()
