@@ -207,10 +207,10 @@ def summary(self:CFLearner):
     return PrettyString(res)
 
 @patch
-def export(self:CFLearner, fname='export.pkl', **kwargs):
+def export(self:CFLearner, fname='export.pkl', *args, **kwargs):
     "As `Learner.export`, also of a model that has nothing to train; the learner stays as it is"
     dls,opt = self.dls,self.opt
-    try: super(CFLearner, self).export(fname, **kwargs)
+    try: super(CFLearner, self).export(fname, *args, **kwargs)
     except _NothingToTrain: pass # the file is written, and there is no optimizer to make anew
     finally: self.dls,self.opt = dls,opt
 

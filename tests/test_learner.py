@@ -3,7 +3,7 @@ import sys,warnings
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
-import numpy as np,pandas as pd,pytest,torch
+import cloudpickle,numpy as np,pandas as pd,pytest,torch
 from scipy.linalg import orthogonal_procrustes
 from torch import nn
 from fastai.collab import CollabDataLoaders,EmbeddingDotBias,collab_learner
@@ -403,7 +403,7 @@ def test_an_export_leaves_the_learner_as_it_was(df, tmp_path):
     learn.freeze()
     dls,opt = learn.dls,learn.opt
     for fname in ('m.pkl', 'no such folder/m.pkl'):
-        try: learn.export(fname)
+        try: learn.export(fname, cloudpickle, 2)
         except RuntimeError: assert '/' in fname
         assert learn.dls is dls and learn.opt is opt and opt.frozen_idx==1
 
