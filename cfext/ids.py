@@ -96,7 +96,7 @@ def _numbers(col, arg, dtype=np.float32):
     except (ValueError,TypeError) as e: raise TypeError(f"`{arg}`={col.name!r} should hold numbers; it holds {col.dtype}") from e
 
 def _targets(col, arg):
-    "A column of finite numbers as a (n,1) float32 tensor"
+    "A column of finite numbers as a (n,) float32 tensor"
     y = _numbers(col, arg)
     bad = ~np.isfinite(y)
     if (big := bad & np.isfinite(_numbers(col, arg, float)) if bad.any() else bad).any():

@@ -64,7 +64,8 @@ class RowWeights(Callback):
         w = getattr(self.dl, 'wb', None)
         if w is None or not len(self.yb): return
         with self.learn.loss_not_reduced(): loss = self.learn.loss_func(self.pred, *self.yb)
-        self.learn.loss_grad = (loss.reshape(len(w), -1).mean(1)*w/self.scale).mean()
+        rows = loss.reshape(len(w), -1).mean(1)*w/self.scale
+        self.learn.loss_grad = rows if self.learn.loss.ndim else rows.mean() # one a row where `get_preds(with_loss=True)` asks for them
         self.learn.loss = self.learn.loss_grad.clone()
     def on_rows(self, b): b.scale = None if b.w is None else b.w/self.scale
 
@@ -206,12 +207,12 @@ def summary(self:CFLearner):
     return PrettyString(res)
 
 @patch
-def export(self:CFLearner, fname='export.pkl', **kwargs):
-    "As `Learner.export`, also of a model that has nothing to train"
-    dls = self.dls
-    try: super(CFLearner, self).export(fname, **kwargs)
+def export(self:CFLearner, fname='export.pkl', *args, **kwargs):
+    "As `Learner.export`, also of a model that has nothing to train; the learner stays as it is"
+    dls,opt = self.dls,self.opt
+    try: super(CFLearner, self).export(fname, *args, **kwargs)
     except _NothingToTrain: pass # the file is written, and there is no optimizer to make anew
-    finally: self.dls = dls
+    finally: self.dls,self.opt = dls,opt
 
 # %% ../nbs/06_learner.ipynb #87d9efc4
 def as_cf_dls(

@@ -3,7 +3,7 @@ import sys,warnings
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
-import numpy as np,pandas as pd,pytest,torch
+import cloudpickle,numpy as np,pandas as pd,pytest,torch
 from scipy.linalg import orthogonal_procrustes
 from torch import nn
 from fastai.collab import CollabDataLoaders,EmbeddingDotBias,collab_learner
@@ -384,6 +384,28 @@ def test_export_still_works(df, tmp_path):
         warnings.simplefilter('ignore')
         again = load_learner(tmp_path/'m.pkl')
     assert torch.allclose(again.predict(df[:5], unk='na')[2], p)
+
+@pytest.mark.parametrize('fast', [None,False])
+@pytest.mark.parametrize('loss_func', [None,BPRLoss()])
+def test_losses_of_weighted_rows_are_one_a_row(df, fast, loss_func):
+    from fastai.interpret import Interpretation
+    learn = fitted(loaders(df.assign(w=1.+df.user%3), weight_name='w', unk='na'), fast=fast, loss_func=loss_func)
+    with learn.no_bar():
+        p,y,loss = learn.get_preds(with_loss=True)
+        assert loss.shape==y[:,0].shape and loss.mean().item()==pytest.approx(learn.validate()[0], rel=1e-5)
+        w = learn.dls.valid_ds.w/learn.dls.train_ds.w.mean()
+        if loss_func is None: assert torch.allclose(loss, ((p-y)**2)[:,0]*w, atol=1e-6)
+        top,at = Interpretation.from_learner(learn).top_losses(4)
+    assert torch.equal(loss[at], top) and top[0]==loss.max()
+
+def test_an_export_leaves_the_learner_as_it_was(df, tmp_path):
+    learn = fitted(loaders(df, path=tmp_path), splitter=lambda m: [[m.user_factors,m.user_bias], [m.item_factors,m.item_bias]])
+    learn.freeze()
+    dls,opt = learn.dls,learn.opt
+    for fname in ('m.pkl', 'no such folder/m.pkl'):
+        try: learn.export(fname, cloudpickle, 2)
+        except RuntimeError: assert '/' in fname
+        assert learn.dls is dls and learn.opt is opt and opt.frozen_idx==1
 
 def test_what_cannot_be_trained_is_told_before_it_is():
     small,big = (CFDataLoaders.from_df(synth_ratings(n, 40, 600), item_name='title', seed=0, device='cpu') for n in (30,50))
