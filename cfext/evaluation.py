@@ -325,6 +325,8 @@ def compare(self:CFLearner,
     same = all(self.dls.classes[a].ids.equals(other.dls.classes[b].ids) for a,b in zip(self.dls.cat_names, other.dls.cat_names))
     if not (same and torch.equal(rows[0][0].cpu(), rows[1][0].cpu())):
         raise ValueError("the two learners have other ids or other validation rows: make both from the same loaders, or with the same frame and seed")
+    if exclude_seen and bool(len(self.dls.train_ds))!=bool(len(other.dls.train_ds)):
+        raise ValueError("one of the two learners comes without its rows, so that only the other's lists leave out what users had before: save it with `history`, or pass exclude_seen=False")
     vals = []
     for l,(x,_,seen,_) in zip((self,other), rows):
         seen = seen if exclude_seen else None

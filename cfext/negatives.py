@@ -344,6 +344,7 @@ def positives(self:CFDataLoaders,
 )->CFDataLoaders: # new loaders; these are left as they are
     "Keep the rows rated `at_least` so much, as ones"
     had = (self.train_ds,self.valid_ds)
+    if not len(had[0]): raise ValueError("there are no rows to choose from: these loaders come from a model that was saved without its rows")
     dss = [ds.subset(ds.y[:,0]>=at_least) for ds in had]
     if not len(dss[0]):
         raise ValueError(f"no training row has a rating of at least {at_least}: they run from {self.train_ds.y.min():g} to {self.train_ds.y.max():g}")

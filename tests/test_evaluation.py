@@ -169,6 +169,11 @@ def test_compare_is_the_paired_test_of_what_evaluate_says(learn):
     assert res.loc['recall@5',['difference','low','high','p']].tolist()==pytest.approx([want[o] for o in ('mean','low','high','p')])
     other = cf_learner(CFDataLoaders.from_df(synth_ratings(60, 90, 1200), item_name='title', seed=4, device='cpu'), n_factors=3)
     with pytest.raises(ValueError, match='other ids or other validation rows'): learn.compare(other)
+    bare = cf_learner(learn.dls.new_empty(), n_factors=3, seed=0)
+    later = learn.dls.valid_ds.items
+    with pytest.raises(ValueError, match='without its rows.*exclude_seen=False'): learn.compare(bare, 5, later)
+    assert learn.compare(bare, 5, later, exclude_seen=False, n_boot=20).users.iloc[0]>0
+    with pytest.raises(ValueError, match='saved without its rows'): bare.dls.positives(4)
     twin = cf_learner(learn.dls, n_factors=3, y_range=(0.5,5.5), seed=9)
     assert learn.compare(twin, k=5).users.tolist()==[len(held.users)]*2
 
