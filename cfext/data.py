@@ -229,7 +229,7 @@ class CFDataLoaders(DataLoaders):
         bs:int=64, # rows a training batch
         val_bs:int|None=None, # rows a validation batch; `None`: `bs`, and 8,192 at the least
         drop_last:bool=False, # leave out a last, short training batch?
-        by_user:bool=False, # shuffle users rather than training rows? an epoch of `FullSoftmaxLoss` is then several times faster, and moves each user once
+        by_user:bool=False, # shuffle users rather than training rows? with a `bs` of many users an epoch of `FullSoftmaxLoss` is then several times faster, and moves each user once
         device=None, # where the rows lie and the model trains; `None`: fastai's `default_device()`
         resident:bool|None=None, # keep all rows on the device? False: in host memory, sent a block ahead; `None`: if they take at most half of its free memory
     ):
