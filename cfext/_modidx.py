@@ -229,6 +229,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cfext.core.UnknownIdError.__init__': ('core.html#unknowniderror.__init__', 'cfext/core.py'),
                             'cfext.core.UnknownIdError.__reduce__': ('core.html#unknowniderror.__reduce__', 'cfext/core.py'),
                             'cfext.core.UnknownIdError.__str__': ('core.html#unknowniderror.__str__', 'cfext/core.py'),
+                            'cfext.core._as_column': ('core.html#_as_column', 'cfext/core.py'),
+                            'cfext.core._as_frame_of': ('core.html#_as_frame_of', 'cfext/core.py'),
                             'cfext.core._brief': ('core.html#_brief', 'cfext/core.py'),
                             'cfext.core._other_form': ('core.html#_other_form', 'cfext/core.py'),
                             'cfext.core.as_frame': ('core.html#as_frame', 'cfext/core.py'),

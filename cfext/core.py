@@ -17,19 +17,27 @@ from torch import nn
 from fastcore.basics import *
 
 # %% ../nbs/00_core.ipynb #fb61d5f1
+def _as_frame_of(o):
+    "How to make a frame of what is none"
+    if isinstance(o, (str,Path)): return 'read the file with `pd.read_csv` or `pd.read_parquet`'
+    return 'call its `to_pandas()`' if hasattr(o, 'to_pandas') else 'make one with `pd.DataFrame`'
+
+def _as_column(df, col):
+    "How to make a column of what names the index"
+    if col not in df.index.names: return ''
+    if df.columns.name is None: return ': it is in the index, `df.reset_index()` makes it a column'
+    return ": a column for each item? `df.stack().rename('rating').reset_index()` makes rows of them"
+
 def check_cols(
     df:pd.DataFrame, # frame to look into
     **cols:str, # argument name = column name, as the caller gave them; `None` is passed over
 )->None:
     "Raise a `ValueError` that names the columns there are, unless each of `cols` is one column of `df`"
-    if not isinstance(df, pd.DataFrame):
-        mend = 'read the file with `pd.read_csv` or `pd.read_parquet`' if isinstance(df, (str,Path)) else 'call its `to_pandas()`' if hasattr(df, 'to_pandas') else 'make one with `pd.DataFrame`'
-        raise TypeError(f"expected a pandas DataFrame, got {type(df).__name__}: {mend}")
+    if not isinstance(df, pd.DataFrame): raise TypeError(f"expected a pandas DataFrame, got {type(df).__name__}: {_as_frame_of(df)}")
     for arg,col in cols.items():
         if col is not None and col not in df.columns:
-            there = [*map(str, df.columns[:20]), *(['...'] if df.shape[1]>20 else [])]
-            mend = ": a column for each item? `df.stack().rename('rating').reset_index()` makes rows of them" if col in df.index.names and df.columns.name else ': it is in the index, `df.reset_index()` makes it a column' if col in df.index.names else ''
-            raise ValueError(f"`{arg}`={col!r} is not a column of the frame ({', '.join(there)}){mend}")
+            there = ', '.join([*map(str, df.columns[:20]), *(['...'] if df.shape[1]>20 else [])])
+            raise ValueError(f"`{arg}`={col!r} is not a column of the frame ({there}){_as_column(df, col)}")
         if col is not None and df[col].ndim>1:
             raise ValueError(f"`{arg}`={col!r} names {df[col].shape[1]} columns: rename them, or keep the first with `df.loc[:, ~df.columns.duplicated()]`")
 
