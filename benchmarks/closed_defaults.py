@@ -14,7 +14,7 @@ import pandas as pd
 from cfext import *
 from common import data_dir,mean_sd,record
 
-GRIDS = {'iALS':(IALS, [dict(alpha0=a, lam=l) for a,l in product((0.1,0.3), (0.003,0.01,0.02))]),
+GRIDS = {'iALS':(IALS, [dict(alpha0=a, lam=l) for a,l in (*product((0.1,0.3), (0.003,0.01,0.02)), *product((1.,), (0.001,0.003,0.006)))]),
          'EASE':(EASE, [dict(reg=float(r)) for r in (30,100,300,1000)]),
          'ItemKNN':(ItemKNN, [dict(k=k) for k in (20,100,300)])}
 
